@@ -1,0 +1,25 @@
+// The public ops, as bindings.cpp and the dispatcher see them; ops/<op>.py documents their arguments.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace rewardfuse {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using LossAndStats = std::tuple<at::Tensor, at::Tensor>;
+
+LossAndStats bradley_terry_loss(const at::Tensor& chosen, const at::Tensor& rejected, const OptionalTensor& margin,
+                                const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& target,
+                                const OptionalTensor& normalizer, double margin_value, double weight_value,
+                                double target_value, double normalizer_value, double label_smoothing, double beta,
+                                double center_rewards_coefficient, int64_t reduction, bool return_stats);
+
+at::Tensor bradley_terry_tie_loss(const at::Tensor& first, const at::Tensor& second, const OptionalTensor& outcome,
+                                  const OptionalTensor& log_tie, const OptionalTensor& mask, const OptionalTensor& weight,
+                                  const OptionalTensor& normalizer, double outcome_value, double log_tie_value,
+                                  double weight_value, double normalizer_value, int64_t model, int64_t reduction);
+
+}  // namespace rewardfuse

@@ -1,0 +1,199 @@
+#include "autograd/pairwise.h"
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+
+#include "common/parallel.h"
+
+namespace rewardfuse::pairwise {
+namespace {
+
+void check(const Names& names, const Inputs& in) {
+  check_rewards(names.a, in.a);
+  check_rewards(names.b, in.b);
+  check_like(names.b, in.b, names.a, in.a);
+  TORCH_CHECK_TYPE(in.a.scalar_type() == in.b.scalar_type(), names.b, ": expected the dtype of ", names.a, ", ",
+                   dtype_name(in.a), ", got ", dtype_name(in.b));
+  check_per_item(names.p, in.p, names.a, in.a);
+  check_per_item(names.q, in.q, names.a, in.a);
+  check_per_item("weight", in.weight, names.a, in.a);
+  if (present(in.mask)) {
+    TORCH_CHECK_TYPE(in.mask->scalar_type() == at::kBool, "mask: expected a tensor of torch.bool, got ",
+                     dtype_name(*in.mask));
+    check_like("mask", *in.mask, names.a, in.a);
+  }
+  TORCH_CHECK_VALUE(in.reduction >= Reduction::kNone && in.reduction <= Reduction::kMean,
+                    "reduction: expected 0 (none), 1 (sum) or 2 (mean), got ", static_cast<int>(in.reduction));
+  TORCH_CHECK_VALUE(in.numbers.size() == Numbers{}.size(), "numbers: expected 7 of them, got ", in.numbers.size());
+  if (!in.has_normalizer()) return;
+  TORCH_CHECK_VALUE(in.reduction == Reduction::kMean, "normalizer: expected only with reduction=\"mean\"");
+  if (present(in.normalizer)) {
+    TORCH_CHECK_VALUE(in.normalizer->dim() == 0, "normalizer: expected a positive number or a 0-d tensor, got shape ",
+                      in.normalizer->sym_sizes());
+    check_per_item("normalizer", in.normalizer, names.a, in.a);
+  } else {
+    TORCH_CHECK_VALUE(in.numbers[3] > 0, "normalizer: expected a positive number or a 0-d tensor, got ", in.numbers[3]);
+  }
+}
+
+at::TensorOptions loss_options(const at::Tensor& rewards) {
+  return rewards.options().dtype(rewards.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+at::Tensor empty_or_none(const at::Tensor& like, bool wanted) {
+  return wanted ? at::empty_symint(like.sym_sizes(), like.options()) : at::empty({0}, like.options());
+}
+
+void describe(const Inputs& in, Problem& problem, PlaneLayout& layout) {
+  problem.dtype = *kernel_dtype(in.a.scalar_type());
+  layout.add(problem.a, in.a);
+  layout.add(problem.b, in.b);
+  layout.add(problem.p, in.p, in.numbers[0]);
+  layout.add(problem.weight, in.weight, in.numbers[1]);
+  layout.add(problem.q, in.q, in.numbers[2]);
+  layout.add(problem.mask, in.mask, 1);
+  for (int i = 0; i < 3; ++i) problem.options[i] = in.options()[i];
+}
+
+double cpu_normalizer(const Inputs& in) {
+  const double value = present(in.normalizer) ? in.normalizer->item().toDouble() : in.numbers[3];
+  TORCH_CHECK_VALUE(value > 0, "normalizer: expected a positive number or a 0-d tensor, got ", value);
+  return value;
+}
+
+void write(const at::Tensor& out, std::initializer_list<double> values) {
+  int64_t i = 0;
+  for (const double value : values) {
+    if (out.scalar_type() == at::kDouble) {
+      out.mutable_data_ptr<double>()[i++] = value;
+    } else {
+      out.mutable_data_ptr<float>()[i++] = static_cast<float>(value);
+    }
+  }
+}
+
+double mean(double sum, double count) { return count > 0 ? sum / count : 0; }
+
+}  // namespace
+
+void check_public(const Names& names, const Inputs& in) {
+  const auto constant = [](const char* name, const OptionalTensor& t) {
+    TORCH_CHECK_VALUE(!present(t) || !t->requires_grad(), name, ": expected a tensor that requires no gradient");
+  };
+  constant("weight", in.weight);
+  constant(names.q, in.q);
+  constant("normalizer", in.normalizer);
+}
+
+Selected::Selected(const Inputs& in) {
+  const auto type = loss_options(in.a).dtype();
+  const auto value = [&](const OptionalTensor& t, double number) {
+    return present(t) ? t->to(type) : at::scalar_tensor(number, loss_options(in.a));
+  };
+  weight = value(in.weight, in.numbers[1]);
+  counted = (weight != 0).expand_as(in.a);
+  if (present(in.mask)) counted = counted.logical_and(*in.mask);
+  const auto select = [&](const at::Tensor& t) { return at::where(counted, t, at::zeros({}, t.options())); };
+  a = select(in.a.to(type));
+  b = select(in.b.to(type));
+  p = select(value(in.p, in.numbers[0]));
+  q = select(value(in.q, in.numbers[2]));
+  weight = select(weight);
+}
+
+at::Tensor Selected::scale(const Inputs& in, const at::Tensor& grad_output, const at::Tensor& denominator) const {
+  at::Tensor scale = at::where(counted, grad_output, at::zeros({}, grad_output.options())) * weight;
+  if (in.reduction != Reduction::kMean) return scale;
+  if (present(in.normalizer)) return scale / *in.normalizer;
+  if (in.has_normalizer()) return scale / in.numbers[3];
+  return in.counts() ? scale / denominator.clamp_min(1).to(scale.dtype()) : scale / std::max<int64_t>(in.a.numel(), 1);
+}
+
+at::Tensor Selected::gradient_like(const at::Tensor& input, const at::Tensor& gradient) {
+  return gradient.sum_to_size(input.sizes()).to(input.dtype());
+}
+
+Tensors3 forward(const Names& names, const Kernels& kernels, const Inputs& in, bool return_stats,
+                 void (*raise_invalid)(const Inputs&)) {
+  check(names, in);
+  const auto options = loss_options(in.a);
+  at::Tensor loss = in.reduction == Reduction::kNone ? at::empty_symint(in.a.sym_sizes(), options) : at::empty({}, options);
+  at::Tensor stats = at::empty({return_stats ? 5 : 0}, options);
+  at::Tensor denominator = in.counts() ? at::empty({}, options.dtype(at::kDouble)) : at::empty({0}, options.dtype(at::kDouble));
+  if (in.a.is_meta()) return {loss, stats, denominator};
+
+  Problem problem;
+  PlaneLayout layout(in.a.sizes());
+  describe(in, problem, layout);
+  problem.plane = layout.lay();
+  void* items = in.reduction == Reduction::kNone ? loss.mutable_data_ptr() : nullptr;
+  const Totals totals = sum_over_ranges<Totals>(problem.plane.items, [&](int64_t begin, int64_t end, Totals& range) {
+    kernels.cpu.forward(problem, begin, end, items, range);
+  });
+  if (totals.invalid > 0) raise_invalid(in);
+  if (in.reduction == Reduction::kSum) write(loss, {totals.loss});
+  if (in.reduction == Reduction::kMean) {
+    write(loss, {mean(totals.loss, in.has_normalizer() ? cpu_normalizer(in) : totals.valid)});
+  }
+  if (return_stats) {
+    const double n = totals.counted;
+    write(stats, {mean(totals.correct, n), mean(totals.ties, n), mean(totals.a - totals.b, n), mean(totals.a, n),
+                  mean(totals.b, n)});
+  }
+  if (in.counts()) write(denominator, {totals.valid});
+  return {loss, stats, denominator};
+}
+
+Tensors3 backward(const Names& names, const Kernels& kernels, const Inputs& in, const at::Tensor& grad_output,
+                  const OptionalTensor& denominator, std::array<bool, 3> needs) {
+  check(names, in);
+  TORCH_CHECK_VALUE(grad_output.dim() == 0 || in.reduction == Reduction::kNone,
+                    "grad_output: expected a 0-d tensor, got shape ", grad_output.sym_sizes());
+  TORCH_CHECK_VALUE(!in.counts() || (present(denominator) && denominator->dim() == 0 && denominator->scalar_type() == at::kDouble),
+                    "denominator: expected the 0-d float64 tensor that forward returned");
+  check_per_item("grad_output", grad_output, names.a, in.a);
+  TORCH_CHECK_VALUE(!needs[2] || present(in.p), names.p, ": no tensor was given, so it has no gradient");
+  at::Tensor grad_a = empty_or_none(in.a, needs[0]), grad_b = empty_or_none(in.b, needs[1]);
+  at::Tensor grad_p = empty_or_none(present(in.p) ? *in.p : in.a, needs[2]);
+  if (in.a.is_meta()) return {grad_a, grad_b, grad_p};
+
+  Problem problem;
+  Gradients out;
+  PlaneLayout layout(in.a.sizes());
+  describe(in, problem, layout);
+  layout.add(out.grad_output, grad_output);
+  problem.plane = layout.lay();
+  if (needs[0]) out.a = grad_a.mutable_data_ptr();
+  if (needs[1]) out.b = grad_b.mutable_data_ptr();
+  out.sum_p = needs[2] && in.p->dim() == 0;
+  if (needs[2] && !out.sum_p) out.p = grad_p.mutable_data_ptr();
+  if (needs[2]) out.p_dtype = *kernel_dtype(in.p->scalar_type());
+  if (in.reduction == Reduction::kMean) {
+    const double count = in.has_normalizer() ? cpu_normalizer(in)
+                         : in.counts()       ? *denominator->const_data_ptr<double>()
+                                             : static_cast<double>(problem.plane.items);
+    out.scale = mean(1, count);
+  }
+  const Totals totals = sum_over_ranges<Totals>(problem.plane.items, [&](int64_t begin, int64_t end, Totals& range) {
+    kernels.cpu.backward(problem, out, begin, end, range);
+  });
+  if (out.sum_p) grad_p.fill_(totals.grad_p);
+  return {grad_a, grad_b, grad_p};
+}
+
+}  // namespace rewardfuse::pairwise
+
+namespace rewardfuse {
+
+void check_values(const char* name, const OptionalTensor& values, const pairwise::Inputs& in, const char* expected,
+                  const at::Tensor& good) {
+  if (!present(values)) return;
+  const at::Tensor bad = good.logical_not().expand_as(in.a).logical_and(pairwise::Selected(in).counted).flatten().nonzero();
+  if (bad.numel() == 0) return;
+  const int64_t index = bad[0].item().toLong();
+  TORCH_CHECK_VALUE(false, name, ": expected ", expected, ", got ",
+                    values->expand_as(in.a).flatten()[index].item().toDouble(), " at index ", index);
+}
+
+}  // namespace rewardfuse

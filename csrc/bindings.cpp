@@ -1,0 +1,15 @@
+// The Python module rewardfuse._C: every public op and what the build knows of itself.
+#include <torch/csrc/utils/pybind.h>
+
+#include "autograd/ops.h"
+#include "common/instruction_set.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.def("bradley_terry_loss", &rewardfuse::bradley_terry_loss);
+  m.def("bradley_terry_tie_loss", &rewardfuse::bradley_terry_tie_loss);
+
+  m.attr("torch_version") = REWARDFUSE_TORCH_VERSION;
+  m.attr("has_cuda") = static_cast<bool>(REWARDFUSE_WITH_CUDA);
+  m.def("instruction_set", &rewardfuse::instruction_set_name);
+  m.def("set_instruction_set", &rewardfuse::set_instruction_set);
+}
