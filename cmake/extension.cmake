@@ -5,6 +5,7 @@ set(cuda_kernels kernels/bradley_terry/cuda.cu kernels/bradley_terry_tie/cuda.cu
 set(host_sources
     csrc/bindings.cpp
     csrc/autograd/pairwise.cpp
+    csrc/autograd/pairwise_cuda.cpp
     csrc/autograd/bradley_terry.cpp
     csrc/autograd/bradley_terry_tie.cpp
     csrc/common/instruction_set.cpp)

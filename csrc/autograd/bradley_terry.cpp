@@ -15,7 +15,7 @@ struct BradleyTerryOp {
   static constexpr const char* forward_op = "rewardfuse::_bradley_terry_loss_forward";
   static constexpr const char* backward_op = "rewardfuse::_bradley_terry_loss_backward";
 
-  static pairwise::Kernels kernels(at::ArrayRef<double> /*options*/) { return {bradley_terry_cpu()}; }
+  static pairwise::Kernels kernels(at::ArrayRef<double> /*options*/) { return RF_PAIR_KERNELS(bradley_terry); }
 
   static void raise_invalid(const Inputs& in) {
     check_values("target", in.q, in, "values from 0 to 1", (*in.q >= 0).logical_and(*in.q <= 1));

@@ -22,8 +22,7 @@ struct BradleyTerryTieOp {
   }
 
   static pairwise::Kernels kernels(at::ArrayRef<double> options) {
-    if (is_davidson(options)) return {davidson_cpu()};
-    return {rao_kupper_cpu()};
+    return is_davidson(options) ? RF_PAIR_KERNELS(davidson) : RF_PAIR_KERNELS(rao_kupper);
   }
 
   static void raise_invalid(const Inputs& in) {

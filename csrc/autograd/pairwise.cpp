@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "autograd/pairwise_cuda.h"
 #include "common/parallel.h"
 
 namespace rewardfuse::pairwise {
@@ -35,6 +36,18 @@ void check(const Names& names, const Inputs& in) {
   } else {
     TORCH_CHECK_VALUE(in.numbers[3] > 0, "normalizer: expected a positive number or a 0-d tensor, got ", in.numbers[3]);
   }
+}
+
+void check_backward(const Names& names, const Inputs& in, const at::Tensor& grad_output, const OptionalTensor& denominator,
+                    bool need_p) {
+  TORCH_CHECK_VALUE(grad_output.dim() == 0 || in.reduction == Reduction::kNone,
+                    "grad_output: expected a 0-d tensor, got shape ", grad_output.sym_sizes());
+  check_per_item("grad_output", grad_output, names.a, in.a);
+  TORCH_CHECK_VALUE(!need_p || present(in.p), names.p, ": no tensor was given, so it has no gradient");
+  if (!in.counts()) return;
+  TORCH_CHECK_VALUE(present(denominator) && denominator->dim() == 0 && denominator->scalar_type() == at::kDouble,
+                    "denominator: expected the 0-d float64 tensor that forward returned");
+  check_per_item("denominator", denominator, names.a, in.a);
 }
 
 at::TensorOptions loss_options(const at::Tensor& rewards) {
@@ -118,16 +131,23 @@ Tensors3 forward(const Names& names, const Kernels& kernels, const Inputs& in, b
                  void (*raise_invalid)(const Inputs&)) {
   check(names, in);
   const auto options = loss_options(in.a);
-  at::Tensor loss = in.reduction == Reduction::kNone ? at::empty_symint(in.a.sym_sizes(), options) : at::empty({}, options);
+  const auto counts = options.dtype(at::kDouble);
+  const bool per_item = in.reduction == Reduction::kNone;
+  at::Tensor loss = per_item ? at::empty_symint(in.a.sym_sizes(), options) : at::empty({}, options);
   at::Tensor stats = at::empty({return_stats ? 5 : 0}, options);
-  at::Tensor denominator = in.counts() ? at::empty({}, options.dtype(at::kDouble)) : at::empty({0}, options.dtype(at::kDouble));
+  at::Tensor denominator = in.counts() ? at::empty({}, counts) : at::empty({0}, counts);
   if (in.a.is_meta()) return {loss, stats, denominator};
 
   Problem problem;
   PlaneLayout layout(in.a.sizes());
   describe(in, problem, layout);
   problem.plane = layout.lay();
-  void* items = in.reduction == Reduction::kNone ? loss.mutable_data_ptr() : nullptr;
+  problem.wants_stats = return_stats;
+  if (in.a.is_cuda()) {
+    launch_forward(kernels.cuda, in, problem, loss, stats, denominator);
+    return {loss, stats, denominator};
+  }
+  void* items = per_item ? loss.mutable_data_ptr() : nullptr;
   const Totals totals = sum_over_ranges<Totals>(problem.plane.items, [&](int64_t begin, int64_t end, Totals& range) {
     kernels.cpu.forward(problem, begin, end, items, range);
   });
@@ -148,12 +168,7 @@ Tensors3 forward(const Names& names, const Kernels& kernels, const Inputs& in, b
 Tensors3 backward(const Names& names, const Kernels& kernels, const Inputs& in, const at::Tensor& grad_output,
                   const OptionalTensor& denominator, std::array<bool, 3> needs) {
   check(names, in);
-  TORCH_CHECK_VALUE(grad_output.dim() == 0 || in.reduction == Reduction::kNone,
-                    "grad_output: expected a 0-d tensor, got shape ", grad_output.sym_sizes());
-  TORCH_CHECK_VALUE(!in.counts() || (present(denominator) && denominator->dim() == 0 && denominator->scalar_type() == at::kDouble),
-                    "denominator: expected the 0-d float64 tensor that forward returned");
-  check_per_item("grad_output", grad_output, names.a, in.a);
-  TORCH_CHECK_VALUE(!needs[2] || present(in.p), names.p, ": no tensor was given, so it has no gradient");
+  check_backward(names, in, grad_output, denominator, needs[2]);
   at::Tensor grad_a = empty_or_none(in.a, needs[0]), grad_b = empty_or_none(in.b, needs[1]);
   at::Tensor grad_p = empty_or_none(present(in.p) ? *in.p : in.a, needs[2]);
   if (in.a.is_meta()) return {grad_a, grad_b, grad_p};
@@ -166,15 +181,18 @@ Tensors3 backward(const Names& names, const Kernels& kernels, const Inputs& in, 
   problem.plane = layout.lay();
   if (needs[0]) out.a = grad_a.mutable_data_ptr();
   if (needs[1]) out.b = grad_b.mutable_data_ptr();
-  out.sum_p = needs[2] && in.p->dim() == 0;
-  if (needs[2] && !out.sum_p) out.p = grad_p.mutable_data_ptr();
-  if (needs[2]) out.p_dtype = *kernel_dtype(in.p->scalar_type());
-  if (in.reduction == Reduction::kMean) {
-    const double count = in.has_normalizer() ? cpu_normalizer(in)
-                         : in.counts()       ? *denominator->const_data_ptr<double>()
-                                             : static_cast<double>(problem.plane.items);
-    out.scale = mean(1, count);
+  if (needs[2]) {
+    out.sum_p = in.p->dim() == 0;
+    (out.sum_p ? out.p_total : out.p) = grad_p.mutable_data_ptr();
+    out.p_dtype = *kernel_dtype(in.p->scalar_type());
   }
+  if (in.reduction == Reduction::kMean && !in.counts() && !in.has_normalizer()) out.scale = mean(1, problem.plane.items);
+  if (in.a.is_cuda()) {
+    launch_backward(kernels.cuda, in, problem, out, denominator);
+    return {grad_a, grad_b, grad_p};
+  }
+  if (in.counts()) out.scale = mean(1, *denominator->const_data_ptr<double>());
+  if (in.has_normalizer()) out.scale = 1 / cpu_normalizer(in);
   const Totals totals = sum_over_ranges<Totals>(problem.plane.items, [&](int64_t begin, int64_t end, Totals& range) {
     kernels.cpu.backward(problem, out, begin, end, range);
   });

@@ -44,7 +44,13 @@ struct Inputs {
 
 struct Kernels {
   const PairKernelsCpu& cpu;
+  const PairKernelsCuda* cuda;  // null where the build has none
 };
+#if REWARDFUSE_WITH_CUDA
+#define RF_PAIR_KERNELS(name) ::rewardfuse::pairwise::Kernels{name##_cpu(), &::rewardfuse::cuda::name}
+#else
+#define RF_PAIR_KERNELS(name) ::rewardfuse::pairwise::Kernels{name##_cpu(), nullptr}
+#endif
 
 using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using ForwardOp = Tensors3(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& p, const OptionalTensor& mask,
@@ -159,8 +165,13 @@ inline void check_number(const char* name, bool good, const char* expected, doub
 
 }  // namespace rewardfuse
 
+// The CUDA key is registered in every build: without CUDA kernels it says so by name.
 #define REWARDFUSE_REGISTER_PAIR_OP(Op, forward_name, backward_name)            \
   TORCH_LIBRARY_IMPL(rewardfuse, CPU, m) {                                     \
+    m.impl(forward_name, &pairwise::forward_kernel<Op>);                       \
+    m.impl(backward_name, &pairwise::backward_kernel<Op>);                     \
+  }                                                                            \
+  TORCH_LIBRARY_IMPL(rewardfuse, CUDA, m) {                                    \
     m.impl(forward_name, &pairwise::forward_kernel<Op>);                       \
     m.impl(backward_name, &pairwise::backward_kernel<Op>);                     \
   }                                                                            \

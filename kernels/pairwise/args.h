@@ -19,6 +19,7 @@ struct Problem {
   Operand weight;                 // likewise; a pair of weight 0 is read by nobody
   Operand mask;                   // likewise, boolean; a masked pair is not even counted
   double options[3] = {0, 0, 0};  // the model's own numbers
+  bool wants_stats = false;       // fill Totals::correct … b
 };
 
 // Sums over pairs. `valid` counts mask-true pairs, the rest also leaves out pairs of weight 0.
@@ -42,7 +43,30 @@ struct Gradients {
   void* b = nullptr;
   void* p = nullptr;  // [items] in p_dtype
   DType p_dtype = DType::kFloat32;
-  bool sum_p = false;  // p is one number: its gradient goes to Totals::grad_p
+  bool sum_p = false;  // p is one number: its gradient goes to Totals::grad_p, or on CUDA to p_total
+  // CUDA only, read on the device so that nothing waits: the mean's count of pairs, a normalizer.
+  const double* denominator = nullptr;
+  Operand normalizer;
+  void* p_total = nullptr;
 };
+
+// Where a CUDA forward writes.
+struct CudaForward {
+  Reduction reduction = Reduction::kMean;
+  void* loss = nullptr;           // [items] or []
+  void* stats = nullptr;          // [5]
+  double* denominator = nullptr;  // [] or null
+  Operand normalizer;             // number 0: none
+};
+
+struct CudaLaunch {
+  void* stream = nullptr;
+  unsigned blocks = 1;
+  double* partials = nullptr;           // [blocks, kCudaSums]
+  unsigned long long* flags = nullptr;  // [blocks]
+  unsigned long long nonce = 0;         // of this launch alone, see common/reduce.cuh
+};
+
+constexpr int kCudaSums = 7;
 
 }  // namespace rewardfuse::pairwise

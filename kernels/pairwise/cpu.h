@@ -26,95 +26,138 @@ struct Pairs {
   typename Lanes<lane_t<V>>::Mask counted;  // and weight is not 0
 };
 
-template <class V, class S>
-RF_HD Pairs<V> load_pairs(const Problem& problem, int64_t row, int64_t column, int64_t count) {
-  const auto scores = [&](const Operand& operand) {
-    const int64_t offset = row * operand.outer_stride + column * operand.inner_stride;
-    return load_as<V>(static_cast<const S*>(operand.data) + offset, operand.inner_stride, count);
-  };
-  Pairs<V> pairs;
-  pairs.a = scores(problem.a);
-  pairs.b = scores(problem.b);
-  pairs.p = load<V>(problem.p, row, column, count);
-  pairs.q = load<V>(problem.q, row, column, count);
-  pairs.weight = load<V>(problem.weight, row, column, count);
-  pairs.valid = first_lanes<lane_t<V>>(count) & (load<V>(problem.mask, row, column, count) != 0.0f);
-  pairs.counted = pairs.valid & (pairs.weight != 0.0f);
-  return pairs;
+RF_HD bool is_number(const Operand& operand) {
+  return operand.data == nullptr || (operand.outer_stride == 0 && operand.inner_stride == 0);
 }
 
-// Calls f(row, column, item, count) for the pieces of [begin, end) that one register holds.
+// No mask, no zero weight, and p, q, weight the same for every pair: what does not change leaves the loop.
+RF_HD bool is_plain(const Problem& problem) {
+  return problem.mask.data == nullptr && problem.weight.data == nullptr && problem.weight.value != 0 &&
+         is_number(problem.p) && is_number(problem.q);
+}
+
+template <class V, class S, bool plain>
+struct PairSource {
+  const Problem& problem;
+  V p{}, q{}, weight{};
+
+  RF_HD explicit PairSource(const Problem& problem) : problem(problem) {
+    if constexpr (plain) {
+      p = load<V>(problem.p, 0, 0, 1);
+      q = load<V>(problem.q, 0, 0, 1);
+      weight = load<V>(problem.weight, 0, 0, 1);
+    }
+  }
+
+  RF_HD V scores(const Operand& operand, int64_t row, int64_t column, int64_t count) const {
+    const int64_t offset = row * operand.outer_stride + column * operand.inner_stride;
+    return load_as<V>(static_cast<const S*>(operand.data) + offset, operand.inner_stride, count);
+  }
+
+  RF_HD Pairs<V> operator()(int64_t row, int64_t column, int64_t count) const {
+    Pairs<V> pairs;
+    pairs.a = scores(problem.a, row, column, count);
+    pairs.b = scores(problem.b, row, column, count);
+    pairs.valid = first_lanes<lane_t<V>>(count);
+    if constexpr (plain) {
+      pairs.p = p;
+      pairs.q = q;
+      pairs.weight = weight;
+      pairs.counted = pairs.valid;
+    } else {
+      pairs.p = load<V>(problem.p, row, column, count);
+      pairs.q = load<V>(problem.q, row, column, count);
+      pairs.weight = load<V>(problem.weight, row, column, count);
+      pairs.valid &= load<V>(problem.mask, row, column, count) != 0.0f;
+      pairs.counted = pairs.valid & (pairs.weight != 0.0f);
+    }
+    return pairs;
+  }
+};
+
+// Calls f(row, column, item, count) for the pieces of [begin, end) that one register holds; `count` is a compile-time
+// constant for full registers.
 template <class T, class F>
 RF_HD void for_each_register(const Plane& plane, int64_t begin, int64_t end, F&& f) {
+  constexpr std::integral_constant<int64_t, Lanes<T>::count> lanes{};
   int64_t row = begin / plane.inner, column = begin % plane.inner;
   for (int64_t item = begin; item < end;) {
     const int64_t stop = end - item < plane.inner - column ? end : item + plane.inner - column;
-    for (; item < stop; item += Lanes<T>::count, column += Lanes<T>::count) {
-      const int64_t count = stop - item < Lanes<T>::count ? stop - item : Lanes<T>::count;
-      f(row, column, item, count);
-    }
+    for (; item + lanes <= stop; item += lanes, column += lanes) f(row, column, item, lanes);
+    if (item < stop) f(row, column, item, stop - item);
     item = stop;
     column = 0;
     ++row;
   }
 }
 
-template <class Model, class T, class S>
+template <class Model, class T, class S, bool plain>
 void forward_range(const Problem& problem, int64_t begin, int64_t end, T* loss, Totals& totals) {
   using V = typename Lanes<T>::Reg;
   const Model model(problem.options);
+  const PairSource<V, S, plain> source(problem);
   const V zero{};
   const V one = broadcast(T(1));
   V sum{}, valid{}, counted{}, correct{}, ties{}, a{}, b{}, invalid{};
-  for_each_register<T>(problem.plane, begin, end, [&](int64_t row, int64_t column, int64_t item, int64_t count) {
-    const Pairs<V> x = load_pairs<V, S>(problem, row, column, count);
+  const auto body = [&](int64_t row, int64_t column, int64_t item, auto count) __attribute__((always_inline)) {
+    const Pairs<V> x = source(row, column, count);
     const auto bad = model.invalid(x.p, x.q);
     V value = x.weight * model.loss(x.a, x.b, x.p, x.q);
     value = bad ? broadcast(T(__builtin_nan(""))) : value;
     value = x.counted ? value : zero;
     if (loss) store_as(loss + item, value, count);
     sum += value;
-    valid += x.valid ? one : zero;
-    counted += x.counted ? one : zero;
-    correct += x.counted & (x.a > x.b) ? one : zero;
-    ties += x.counted & (x.a == x.b) ? one : zero;
-    a += x.counted ? x.a : zero;
-    b += x.counted ? x.b : zero;
-    invalid += x.counted & bad ? one : zero;
-  });
+    if constexpr (!plain) {
+      valid += x.valid ? one : zero;
+      counted += x.counted ? one : zero;
+      invalid += x.counted & bad ? one : zero;
+    }
+    if (problem.wants_stats) {
+      correct += x.counted & (x.a > x.b) ? one : zero;
+      ties += x.counted & (x.a == x.b) ? one : zero;
+      a += x.counted ? x.a : zero;
+      b += x.counted ? x.b : zero;
+    }
+  };
+  for_each_register<T>(problem.plane, begin, end, body);
   totals.loss = sum_lanes(sum);
-  totals.valid = sum_lanes(valid);
-  totals.counted = sum_lanes(counted);
+  totals.valid = plain ? end - begin : sum_lanes(valid);
+  totals.counted = plain ? end - begin : sum_lanes(counted);
   totals.correct = sum_lanes(correct);
   totals.ties = sum_lanes(ties);
   totals.a = sum_lanes(a);
   totals.b = sum_lanes(b);
-  totals.invalid = sum_lanes(invalid);
+  totals.invalid = plain ? model.invalid(source.p, source.q)[0] != 0 : sum_lanes(invalid);
 }
 
-template <class Model, class T, class S>
+template <class Model, class T, class S, bool plain>
 void backward_range(const Problem& problem, const Gradients& out, int64_t begin, int64_t end, Totals& totals) {
   using V = typename Lanes<T>::Reg;
   const Model model(problem.options);
+  const PairSource<V, S, plain> source(problem);
   const V zero{};
+  const bool one_grad_output = is_number(out.grad_output);
+  const V grad_output = load<V>(out.grad_output, 0, 0, 1) * T(out.scale);
   V sum_p{};
-  for_each_register<T>(problem.plane, begin, end, [&](int64_t row, int64_t column, int64_t item, int64_t count) {
-    const Pairs<V> x = load_pairs<V, S>(problem, row, column, count);
+  const auto body = [&](int64_t row, int64_t column, int64_t item, auto count) __attribute__((always_inline)) {
+    const Pairs<V> x = source(row, column, count);
     const auto bad = model.invalid(x.p, x.q);
-    V scale = load<V>(out.grad_output, row, column, count) * T(out.scale) * x.weight;
+    V scale = one_grad_output ? grad_output : load<V>(out.grad_output, row, column, count) * T(out.scale);
+    scale *= x.weight;
     scale = bad ? broadcast(T(__builtin_nan(""))) : scale;
     V grad_a, grad_b, grad_p;
     model.gradient(x.a, x.b, x.p, x.q, grad_a, grad_b, grad_p);
     if (out.a) store_as(static_cast<S*>(out.a) + item, x.counted ? scale * grad_a : zero, count);
     if (out.b) store_as(static_cast<S*>(out.b) + item, x.counted ? scale * grad_b : zero, count);
+    if (out.p == nullptr && !out.sum_p) return;
     grad_p = x.counted ? scale * grad_p : zero;
-    if (out.sum_p) sum_p += grad_p;
-    if (out.p) {
-      with_storage(out.p_dtype, [&](auto storage) {
-        store_as(static_cast<decltype(storage)*>(out.p) + item, grad_p, count);
-      });
-    }
-  });
+    sum_p += grad_p;
+    if (out.p == nullptr) return;
+    with_storage(out.p_dtype, [&](auto storage) {
+      store_as(static_cast<decltype(storage)*>(out.p) + item, grad_p, count);
+    });
+  };
+  for_each_register<T>(problem.plane, begin, end, body);
   totals.grad_p = sum_lanes(sum_p);
 }
 
@@ -133,7 +176,9 @@ template <template <class> class Model>
 void forward(const Problem& problem, int64_t begin, int64_t end, void* loss, Totals& totals) {
   with_rewards(problem.dtype, [&](auto acc, auto storage) {
     using T = decltype(acc);
-    forward_range<Model<T>, T, decltype(storage)>(problem, begin, end, static_cast<T*>(loss), totals);
+    using S = decltype(storage);
+    const auto range = is_plain(problem) ? &forward_range<Model<T>, T, S, true> : &forward_range<Model<T>, T, S, false>;
+    range(problem, begin, end, static_cast<T*>(loss), totals);
   });
 }
 
@@ -141,7 +186,9 @@ template <template <class> class Model>
 void backward(const Problem& problem, const Gradients& out, int64_t begin, int64_t end, Totals& totals) {
   with_rewards(problem.dtype, [&](auto acc, auto storage) {
     using T = decltype(acc);
-    backward_range<Model<T>, T, decltype(storage)>(problem, out, begin, end, totals);
+    using S = decltype(storage);
+    const auto range = is_plain(problem) ? &backward_range<Model<T>, T, S, true> : &backward_range<Model<T>, T, S, false>;
+    range(problem, out, begin, end, totals);
   });
 }
 

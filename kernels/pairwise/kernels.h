@@ -12,8 +12,17 @@ struct PairKernelsCpu {
   void (*backward)(const pairwise::Problem&, const pairwise::Gradients&, int64_t begin, int64_t end, pairwise::Totals&);
 };
 
+struct PairKernelsCuda {
+  void (*forward)(const pairwise::Problem&, const pairwise::CudaForward&, const pairwise::CudaLaunch&);
+  void (*backward)(const pairwise::Problem&, const pairwise::Gradients&, const pairwise::CudaLaunch&);
+};
+
 RF_CPU_VARIANTS(PairKernelsCpu, bradley_terry)
 RF_CPU_VARIANTS(PairKernelsCpu, rao_kupper)
 RF_CPU_VARIANTS(PairKernelsCpu, davidson)
+
+namespace cuda {
+extern const PairKernelsCuda bradley_terry, rao_kupper, davidson;
+}
 
 }  // namespace rewardfuse
