@@ -1,0 +1,436 @@
+"""The Triton kernels of every op on pairs, around the maths that an op passes in, and their launch.
+
+Decomposition: a grid of at most eight programs a multiprocessor strides over blocks of pairs; partial sums meet as in
+csrc/common/reduce.cuh, which explains the nonce. Traffic: as in pairwise/cuda.cuh. Precision: float32 maths (float64 for
+float64), sums in float64. A 16-bit value is cast when it is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import secrets
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rewardfuse.ops._checks import REDUCTIONS
+
+NONE, SUM, MEAN = (tl.constexpr(REDUCTIONS[name]) for name in ("none", "sum", "mean"))
+BLOCK = 1024
+SUMS = tl.constexpr(8)  # partial sums a program may leave
+
+
+@triton.jit
+def exp_nonpositive(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def log1p_unit(x, TERMS: tl.constexpr):
+    """log(1 + x) for 0 ≤ x ≤ 1 as 2·atanh(x / (2 + x)); tl.log alone would lose small x."""
+    s = x / (x + 2.0)
+    s2 = s * s
+    series = tl.zeros_like(x) + 1.0 / (2 * TERMS + 1)
+    for k in tl.static_range(TERMS - 1, -1, -1):
+        series = series * s2 + 1.0 / (2 * k + 1)
+    return 2.0 * s * series
+
+
+@triton.jit
+def number(numbers, k: tl.constexpr, ACC: tl.constexpr):
+    """The k-th of seven numbers. Triton passes a Python float as float32, so each comes as a sum of two."""
+    return (tl.full([], 0.0, tl.float64) + numbers[k] + numbers[k + 7]).to(ACC)
+
+
+@triton.jit
+def load_scores(ptr, outer, inner, row, column, live, ACC: tl.constexpr):
+    return tl.load(ptr + row * outer + column * inner, mask=live, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_operand(ptr, outer, inner, value, row, column, live, HAS: tl.constexpr, ACC: tl.constexpr):
+    """A per-item argument, or the number that stands for it."""
+    if HAS:
+        return tl.load(ptr + row * outer + column * inner, mask=live, other=0).to(ACC)
+    else:
+        return tl.zeros_like(row).to(ACC) + value
+
+
+@triton.jit
+def load_mask(ptr, outer, inner, row, column, live, HAS: tl.constexpr):
+    if HAS:
+        return live & (tl.load(ptr + row * outer + column * inner, mask=live, other=0) != 0)
+    else:
+        return live
+
+
+@triton.jit
+def publish(partials, k: tl.constexpr, value):
+    """Leaves this program's k-th partial sum."""
+    tl.store(partials + tl.program_id(0) * SUMS + k, value, cache_modifier=".cg")
+
+
+@triton.jit
+def wait_for_partials(flags, nonce, PROGRAMS: tl.constexpr):
+    """Raises this program's flag; the last program waits for all of them, lowers them, and returns True."""
+    last = tl.num_programs(0) - 1
+    tl.debug_barrier()  # every thread's partials are written
+    tl.atomic_xchg(flags + tl.program_id(0), nonce, sem="acq_rel")
+    is_last = tl.program_id(0) == last
+    if is_last:
+        program = tl.arange(0, PROGRAMS)
+        here = program <= last
+        waiting = 1
+        while waiting > 0:
+            up = tl.atomic_add(flags + program, tl.zeros_like(program).to(tl.int64), mask=here, sem="acquire") == nonce
+            waiting = tl.sum((here & (up == 0)).to(tl.int32))
+        tl.debug_barrier()
+        tl.store(flags + program, tl.zeros_like(program).to(tl.int64), mask=here)
+    return is_last
+
+
+@triton.jit
+def total(partials, k: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Sum of all programs' k-th partial sums, in a fixed order."""
+    program = tl.arange(0, PROGRAMS)
+    here = program < tl.num_programs(0)
+    return tl.sum(tl.load(partials + program * SUMS + k, mask=here, other=0.0, cache_modifier=".cg"))
+
+
+@triton.jit
+def mean(sum, count):
+    return tl.where(count > 0, sum / tl.where(count > 0, count, 1.0), tl.where(count == 0, 0.0, float("nan")))
+
+
+@triton.jit
+def load_normalizer(ptr, value, otherwise, HAS: tl.constexpr):
+    """A normalizer as float64; NaN where it is not positive; `otherwise` where none is given (value 0)."""
+    if HAS:
+        number = tl.load(ptr).to(tl.float64)
+        return tl.where(number > 0, number, float("nan"))
+    else:
+        return tl.where(value == 0, otherwise, value)
+
+
+@triton.jit
+def forward_kernel(
+    a,  # [items] rewards, strided
+    b,
+    p,  # [items], strided, or a number
+    q,
+    weight,
+    mask,
+    normalizer,  # []
+    loss,  # [items] or []
+    stats,  # [5]
+    denominator,  # []
+    strides,  # of a, b, p, q, weight, mask: (outer, inner) each
+    numbers,  # p, weight, q, normalizer (0: none), the model's three options
+    items,
+    inner,
+    flags,
+    partials,
+    nonce,
+    LOSS: tl.constexpr,
+    HAS_P: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_NORMALIZER: tl.constexpr,
+    COUNTS: tl.constexpr,
+    STATS: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    ACC: tl.constexpr,
+    TERMS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sum_loss = tl.zeros([BLOCK], tl.float64)
+    sum_valid = tl.zeros([BLOCK], tl.float64)
+    if STATS:
+        sum_counted = tl.zeros([BLOCK], tl.float64)
+        sum_correct = tl.zeros([BLOCK], tl.float64)
+        sum_ties = tl.zeros([BLOCK], tl.float64)
+        sum_a = tl.zeros([BLOCK], tl.float64)
+        sum_b = tl.zeros([BLOCK], tl.float64)
+    p_number = number(numbers, 0, ACC)
+    weight_number = number(numbers, 1, ACC)
+    q_number = number(numbers, 2, ACC)
+    o0 = number(numbers, 4, ACC)
+    o1 = number(numbers, 5, ACC)
+    o2 = number(numbers, 6, ACC)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in range(first, items, step):
+        item = start + tl.arange(0, BLOCK).to(tl.int64)
+        live = item < items
+        row = item // inner
+        column = item % inner
+        x = load_scores(a, strides[0], strides[1], row, column, live, ACC)
+        y = load_scores(b, strides[2], strides[3], row, column, live, ACC)
+        u = load_operand(p, strides[4], strides[5], p_number, row, column, live, HAS_P, ACC)
+        v = load_operand(q, strides[6], strides[7], q_number, row, column, live, HAS_Q, ACC)
+        w = load_operand(weight, strides[8], strides[9], weight_number, row, column, live, HAS_WEIGHT, ACC)
+        valid = load_mask(mask, strides[10], strides[11], row, column, live, HAS_MASK)
+        counted = valid & (w != 0)
+        value = w * LOSS(x, y, u, v, o0, o1, o2, TERMS)
+        value = tl.where(counted, value, 0.0)
+        if REDUCTION == NONE:
+            tl.store(loss + item, value, mask=live)
+        sum_loss += value.to(tl.float64)
+        sum_valid += valid.to(tl.float64)
+        if STATS:
+            sum_counted += counted.to(tl.float64)
+            sum_correct += (counted & (x > y)).to(tl.float64)
+            sum_ties += (counted & (x == y)).to(tl.float64)
+            sum_a += tl.where(counted, x, 0.0).to(tl.float64)
+            sum_b += tl.where(counted, y, 0.0).to(tl.float64)
+
+    if (REDUCTION != NONE) or STATS:
+        publish(partials, 0, tl.sum(sum_loss))
+        publish(partials, 1, tl.sum(sum_valid))
+        if STATS:
+            publish(partials, 2, tl.sum(sum_counted))
+            publish(partials, 3, tl.sum(sum_correct))
+            publish(partials, 4, tl.sum(sum_ties))
+            publish(partials, 5, tl.sum(sum_a))
+            publish(partials, 6, tl.sum(sum_b))
+        if wait_for_partials(flags, nonce, PROGRAMS):
+            n_valid = total(partials, 1, PROGRAMS)
+            if REDUCTION == SUM:
+                tl.store(loss, total(partials, 0, PROGRAMS).to(ACC))
+            if REDUCTION == MEAN:
+                divisor = load_normalizer(normalizer, number(numbers, 3, tl.float64), n_valid, HAS_NORMALIZER)
+                tl.store(loss, mean(total(partials, 0, PROGRAMS), divisor).to(ACC))
+            if COUNTS:
+                tl.store(denominator, n_valid)
+            if STATS:
+                n = total(partials, 2, PROGRAMS)
+                of_a = total(partials, 5, PROGRAMS)
+                of_b = total(partials, 6, PROGRAMS)
+                tl.store(stats, mean(total(partials, 3, PROGRAMS), n).to(ACC))
+                tl.store(stats + 1, mean(total(partials, 4, PROGRAMS), n).to(ACC))
+                tl.store(stats + 2, mean(of_a - of_b, n).to(ACC))
+                tl.store(stats + 3, mean(of_a, n).to(ACC))
+                tl.store(stats + 4, mean(of_b, n).to(ACC))
+
+
+@triton.jit
+def backward_kernel(
+    grad_output,  # [items], strided, or [] (strides 0)
+    a,
+    b,
+    p,
+    q,
+    weight,
+    mask,
+    normalizer,
+    denominator,  # [] float64
+    grad_a,  # [items]
+    grad_b,
+    grad_p,  # [items] or []
+    strides,  # of a, b, p, q, weight, mask, grad_output
+    numbers,
+    items,
+    inner,
+    flags,
+    partials,
+    nonce,
+    GRADIENT: tl.constexpr,
+    HAS_P: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_NORMALIZER: tl.constexpr,
+    COUNTS: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    NEED_A: tl.constexpr,
+    NEED_B: tl.constexpr,
+    NEED_P: tl.constexpr,
+    SUM_P: tl.constexpr,
+    ACC: tl.constexpr,
+    TERMS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    divisor = tl.full([], 1.0, tl.float64)
+    if REDUCTION == MEAN:
+        divisor = tl.full([], 1.0, tl.float64) * items
+        if COUNTS:
+            divisor = tl.load(denominator)
+        divisor = load_normalizer(normalizer, number(numbers, 3, tl.float64), divisor, HAS_NORMALIZER)
+    scale = mean(tl.full([], 1.0, tl.float64), divisor).to(ACC)
+    sum_p = tl.zeros([BLOCK], tl.float64)
+    p_number = number(numbers, 0, ACC)
+    weight_number = number(numbers, 1, ACC)
+    q_number = number(numbers, 2, ACC)
+    o0 = number(numbers, 4, ACC)
+    o1 = number(numbers, 5, ACC)
+    o2 = number(numbers, 6, ACC)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in range(first, items, step):
+        item = start + tl.arange(0, BLOCK).to(tl.int64)
+        live = item < items
+        row = item // inner
+        column = item % inner
+        x = load_scores(a, strides[0], strides[1], row, column, live, ACC)
+        y = load_scores(b, strides[2], strides[3], row, column, live, ACC)
+        u = load_operand(p, strides[4], strides[5], p_number, row, column, live, HAS_P, ACC)
+        v = load_operand(q, strides[6], strides[7], q_number, row, column, live, HAS_Q, ACC)
+        w = load_operand(weight, strides[8], strides[9], weight_number, row, column, live, HAS_WEIGHT, ACC)
+        counted = load_mask(mask, strides[10], strides[11], row, column, live, HAS_MASK) & (w != 0)
+        factor = load_scores(grad_output, strides[12], strides[13], row, column, live, ACC) * scale * w
+        d_a, d_b, d_p = GRADIENT(x, y, u, v, o0, o1, o2, TERMS)
+        d_p = tl.where(counted, factor * d_p, 0.0)
+        if NEED_A:
+            tl.store(grad_a + item, tl.where(counted, factor * d_a, 0.0), mask=live)
+        if NEED_B:
+            tl.store(grad_b + item, tl.where(counted, factor * d_b, 0.0), mask=live)
+        if NEED_P and not SUM_P:
+            tl.store(grad_p + item, d_p, mask=live)
+        sum_p += d_p.to(tl.float64)
+    if SUM_P:
+        publish(partials, 0, tl.sum(sum_p))
+        if wait_for_partials(flags, nonce, PROGRAMS):
+            tl.store(grad_p, total(partials, 0, PROGRAMS).to(ACC))
+
+
+class Layout(NamedTuple):
+    """Tensors of one shape over a plane of two strided dimensions; see csrc/common/dispatch.h."""
+
+    items: int
+    inner: int
+    strides: list[tuple[int, int]]
+    tensors: list[Tensor | None]
+
+
+def lay(shape: torch.Size, *tensors: Tensor | None) -> Layout:
+    """Collapses the shape to (outer, inner) for all tensors at once; makes them contiguous where that cannot be."""
+    groups: list[list[int]] = []  # of dimensions, innermost first
+    full = [t for t in tensors if t is not None and t.dim() > 0]
+    for d in reversed([d for d in range(len(shape)) if shape[d] != 1]):
+        merges = groups and all(t.stride(d) == t.stride(groups[-1][-1]) * shape[groups[-1][-1]] for t in full)
+        if merges:
+            groups[-1].append(d)
+        else:
+            groups.append([d])
+    if len(groups) > 2:
+        return lay(shape, *(t if t is None or t.dim() == 0 else t.contiguous() for t in tensors))
+    inner = shape[min(groups[0]) :].numel() if groups else 1
+
+    def strides(t: Tensor | None) -> tuple[int, int]:
+        if t is None or t.dim() == 0:
+            return 0, 0
+        inner_stride = t.stride(groups[0][0]) if groups else 0
+        return (t.stride(groups[1][0]) if len(groups) == 2 else 0), inner_stride
+
+    return Layout(shape.numel(), max(inner, 1), [strides(t) for t in tensors], list(tensors))
+
+
+class Pairs(NamedTuple):
+    """The tensors of a pair op (absent ones None) and, in `numbers`: what stands for p, weight, q where there is no
+    tensor, the normalizer (0: none) and the model's three options."""
+
+    a: Tensor
+    b: Tensor
+    p: Tensor | None
+    q: Tensor | None
+    weight: Tensor | None
+    mask: Tensor | None
+    normalizer: Tensor | None
+    numbers: tuple[float, ...]
+    reduction: int
+
+    def counts(self) -> bool:
+        """Whether the mean's denominator is known only to the kernel that reads the mask."""
+        absent = self.normalizer is None and self.numbers[3] == 0
+        return self.reduction == MEAN.value and self.mask is not None and absent
+
+    def arguments(self, *extra: Tensor) -> tuple[dict[str, object], dict[str, object]]:
+        """What both kernels take: tensors and sizes; compile-time constants."""
+        layout = lay(self.a.shape, self.a, self.b, self.p, self.q, self.weight, self.mask, *extra)
+        names = ("a", "b", "p", "q", "weight", "mask", "grad_output")
+        wide = self.a.dtype is torch.float64
+        tensors: dict[str, object] = {
+            name: self.a if tensor is None else tensor for name, tensor in zip(names, layout.tensors, strict=False)
+        }
+        tensors["normalizer"] = self.a if self.normalizer is None else self.normalizer
+        tensors["strides"] = tuple(stride for pair in layout.strides for stride in pair)
+        tensors["numbers"] = _as_float32_sums(self.numbers)
+        tensors |= {"items": layout.items, "inner": layout.inner}
+        constants = {
+            "HAS_P": self.p is not None,
+            "HAS_Q": self.q is not None,
+            "HAS_WEIGHT": self.weight is not None,
+            "HAS_MASK": self.mask is not None,
+            "HAS_NORMALIZER": self.normalizer is not None,
+            "COUNTS": self.counts(),
+            "REDUCTION": self.reduction,
+            "ACC": tl.float64 if wide else tl.float32,
+            "TERMS": 16 if wide else 7,
+            "BLOCK": BLOCK,
+        }
+        return tensors, constants
+
+
+def _as_float32_sums(numbers: Sequence[float]) -> tuple[float, ...]:
+    """Each number rounded to float32, then what the rounding lost."""
+    high = [ctypes.c_float(x).value for x in numbers]
+    low = [ctypes.c_float(x - h).value if math.isfinite(h) else 0.0 for x, h in zip(numbers, high, strict=True)]
+    return (*high, *low)
+
+
+def _grid(like: Tensor, items: int) -> tuple[tuple[int], dict[str, object]]:
+    """Grid and scratch of one launch; the scratch is shared with no other."""
+    processors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 1
+    programs = max(1, min(triton.cdiv(items, BLOCK), 8 * processors))
+    scratch = torch.empty(programs * (1 + SUMS.value), dtype=torch.int64, device=like.device)
+    return (programs,), {
+        "flags": scratch[:programs],
+        "partials": scratch[programs:].view(torch.float64),
+        "nonce": (1 << 62) + secrets.randbits(61),  # an int64 to Triton whatever its value
+        "PROGRAMS": triton.next_power_of_2(programs),
+    }
+
+
+def forward(pairs: Pairs, loss_function: object, return_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, stats ``[5]`` or ``[0]``, denominator ``[]``)."""
+    dtype = torch.float64 if pairs.a.dtype is torch.float64 else torch.float32
+    none = pairs.reduction == NONE.value
+    loss = torch.empty(pairs.a.shape if none else (), dtype=dtype, device=pairs.a.device)
+    stats = torch.empty(5 if return_stats else 0, dtype=dtype, device=pairs.a.device)
+    denominator = torch.empty((), dtype=torch.float64, device=pairs.a.device)
+    tensors, constants = pairs.arguments()
+    grid, scratch = _grid(pairs.a, tensors["items"])
+    outputs = {"loss": loss, "stats": stats, "denominator": denominator}
+    forward_kernel[grid](**tensors, **outputs, **constants, **scratch, LOSS=loss_function, STATS=return_stats)
+    return loss, stats, denominator
+
+
+def backward(
+    pairs: Pairs, gradient_function: object, grad_output: Tensor, denominator: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of a, b and p; None where not needed."""
+
+    def empty(like: Tensor | None, need: bool) -> Tensor | None:
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device) if need else None
+
+    gradients = tuple(empty(t, need) for t, need in zip((pairs.a, pairs.b, pairs.p), needs, strict=True))
+    tensors, constants = pairs.arguments(grad_output)
+    grid, scratch = _grid(pairs.a, tensors["items"])
+    outputs = {
+        name: pairs.a if gradient is None else gradient
+        for name, gradient in zip(("grad_a", "grad_b", "grad_p"), gradients, strict=True)
+    }
+    flags = {"NEED_A": needs[0], "NEED_B": needs[1], "NEED_P": needs[2]}
+    flags["SUM_P"] = bool(needs[2]) and pairs.p.dim() == 0
+    backward_kernel[grid](
+        **tensors, **outputs, **constants, **scratch, **flags, denominator=denominator, GRADIENT=gradient_function
+    )
+    return gradients
