@@ -1,0 +1,303 @@
+"""The ``transformers`` Trainer with the pair loss, atomic checkpoints and a stop at NaN; imported only when
+training."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+import rewardfuse
+from rewardfuse._callbacks import Progress, SaveWhole
+from rewardfuse._files import STAGING, atomic_file, publish_files, publish_folder, remove_folder, staging_folder
+from rewardfuse.batching import PairCollator, PairDataset
+from rewardfuse.data import PAIR_NUMBERS
+from rewardfuse.reward_model import RewardModel, pair_loss, quiet_transformers
+from rewardfuse.train import JOURNAL_FILE, METRICS_FILE, OPTIONS_FILE, TrainOptions, list_checkpoints
+
+_TRAIN_METRICS = ("accuracy", "tie_rate", "margin", "chosen_reward", "rejected_reward")
+_TIMINGS = ("_runtime", "_per_second", "_flos", "train_loss")  # not the same in every run, so not in metrics.jsonl
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or the weights became NaN or infinite."""
+
+
+def build_trainer(
+    model: RewardModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    train_set: PairDataset,
+    eval_set: PairDataset | None,
+    options: TrainOptions,
+    record: dict[str, Any],
+    callbacks: Sequence[transformers.TrainerCallback],
+) -> "PairTrainer":
+    """Assemble the trainer of :func:`rewardfuse.train.train_reward_model`."""
+    if options.gradient_checkpointing:
+        enable = getattr(model.backbone, "activation_checkpointing_enable", None)  # the name since transformers 5.2x
+        (enable or model.backbone.gradient_checkpointing_enable)()
+    callbacks = [SaveWhole(), *callbacks]
+    if options.early_stopping_patience is not None:
+        callbacks.append(transformers.EarlyStoppingCallback(options.early_stopping_patience))
+    return PairTrainer(
+        model=model,
+        args=_arguments(options, evaluates=eval_set is not None),
+        data_collator=PairCollator(tokenizer),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        options=options,
+        record=record,
+    )
+
+
+def _arguments(options: TrainOptions, evaluates: bool) -> transformers.TrainingArguments:
+    names = "output_dir learning_rate weight_decay num_train_epochs max_steps per_device_train_batch_size seed bf16 "
+    names += "per_device_eval_batch_size gradient_accumulation_steps max_grad_norm lr_scheduler_type logging_steps "
+    names += "metric_for_best_model disable_tqdm use_cpu"
+    save_steps = options.save_steps or options.eval_steps
+    if options.keeps_best and bool(save_steps) != bool(options.eval_steps):
+        raise ValueError("save_steps without eval_steps cannot keep the best model: checkpoints must meet evaluations")
+    if options.keeps_best and save_steps and save_steps % options.eval_steps:
+        raise ValueError(f"save_steps must be a multiple of eval_steps to keep the best model, got {save_steps}")
+    return transformers.TrainingArguments(
+        **{name: getattr(options, name) for name in names.split()},
+        warmup_steps=options.warmup_ratio or options.warmup_steps,  # transformers reads a value below 1 as a ratio
+        eval_strategy=("steps" if options.eval_steps else "epoch") if evaluates else "no",
+        eval_steps=options.eval_steps,
+        save_strategy="steps" if save_steps else "epoch",
+        save_steps=save_steps or 500,
+        load_best_model_at_end=options.keeps_best,
+        greater_is_better=options.metric_for_best_model != "loss",
+        restore_callback_states_from_checkpoint=True,
+        logging_nan_inf_filter=False,  # it would synchronize in every step, and hide what must stop the run
+        remove_unused_columns=False,
+        label_names=[],
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available() and not options.use_cpu,
+    )
+
+
+class PairTrainer(transformers.Trainer):
+    """Trainer for :class:`rewardfuse.data.PreferencePair` batches; metrics stay on the device between log lines."""
+
+    def __init__(self, *, options: TrainOptions, record: dict[str, Any], **kwargs: Any):
+        super().__init__(compute_metrics=self._pair_metrics, **kwargs)
+        self.options, self.record = options, record
+        self.loss_options = {
+            name: getattr(options, name) for name in ("label_smoothing", "beta", "center_rewards_coefficient")
+        }
+        self._sums = torch.zeros(1 + len(_TRAIN_METRICS), dtype=torch.float64, device=self.args.device)
+        self._first_bad_step = torch.tensor(math.inf, dtype=torch.float64, device=self.args.device)
+        self._stage: Path | None = None
+        for callback in list(self.callback_handler.callbacks):
+            if isinstance(callback, ProgressCallback | PrinterCallback):  # both write to stdout, where --json belongs
+                self.remove_callback(callback)
+        if not self.args.disable_tqdm:
+            self.add_callback(Progress())
+
+    def run(self, checkpoint: Path | None) -> dict[str, Any]:
+        """Train, then evaluate the final weights; returns the final metrics."""
+        with quiet_transformers(), self._closed_bars():
+            if checkpoint is not None:
+                self.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+                self.rewrite_journal()
+            if checkpoint is not None and self._is_finished(checkpoint):
+                best = self._best_checkpoint() if self.args.load_best_model_at_end else None
+                self._load_from_checkpoint(str(best or checkpoint))
+            else:
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            self._check_finite(weights=True)
+            metrics = self._final_metrics() if self.eval_dataset is not None else {}
+        return {**metrics, "global_step": self.state.global_step, "best_global_step": self.state.best_global_step}
+
+    def _final_metrics(self) -> dict[str, Any]:
+        """The evaluation of the final weights: the last one if it was theirs, or a new one."""
+        evaluated = [line for line in self.history() if "eval_loss" in line]
+        chosen_step = self.state.best_global_step if self.args.load_best_model_at_end else self.state.global_step
+        if not evaluated or not evaluated[-1]["step"] == chosen_step == self.state.global_step:
+            self.evaluate()
+            evaluated = self.history()
+        return {key: value for key, value in evaluated[-1].items() if key != "step"}
+
+    def _is_finished(self, checkpoint: Path) -> bool:
+        """Whether the run had reached its end in this checkpoint and was killed before the outputs were written."""
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        saved = json.loads((checkpoint / OPTIONS_FILE).read_text(encoding="utf-8"))
+        stopped = state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+        lengths = ("num_train_epochs", "max_steps", "early_stopping_patience")
+        return stopped and all(saved[name] == self.record[name] for name in lengths)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The mean over this batch's pairs; the Trainer averages accumulated batches."""
+        rewards = model(inputs["input_ids"], inputs["attention_mask"])  # not model.loss: DDP works by its own forward
+        loss, stats = pair_loss(rewards, inputs, **self.loss_options)
+        pairs = len(rewards) // 2
+        values = torch.stack([torch.ones_like(loss), *stats]).detach().double()
+        self._sums += values * pairs
+        marked = self._first_bad_step.clamp(max=self.state.global_step + 1)
+        self._first_bad_step = torch.where(torch.isfinite(loss), self._first_bad_step, marked)
+        return (loss, rewards) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Rewards ``[B, 2]`` and the pair's margin, weight, target ``[B, 3]``; the metrics need nothing else."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            rewards = torch.stack(model(inputs["input_ids"], inputs["attention_mask"]).chunk(2), dim=1)
+        extras = [inputs.get(key, torch.full_like(rewards[:, 0], absent)) for key, absent in PAIR_NUMBERS.items()]
+        return None, rewards, torch.stack(extras, dim=1)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's, but it leaves the random generator alone: evaluating must not change the training."""
+        with torch.random.fork_rng(devices=[]):  # only the data loader draws, on the CPU
+            return super().evaluate(*args, **kwargs)
+
+    def _pair_metrics(self, prediction: transformers.EvalPrediction) -> dict[str, float]:
+        """Of all held-out pairs: ``loss`` as trained, strict ``accuracy``, ``tie_rate``, mean ``margin`` r_c - r_r, and
+        ``log_likelihood``, the mean log-probability that the model gives the labels, without margin, weight or
+        smoothing."""
+        rewards = torch.from_numpy(prediction.predictions).float()
+        chosen, rejected = rewards.unbind(1)
+        margin, weight, target = torch.from_numpy(prediction.label_ids).float().unbind(1)
+        loss, stats = rewardfuse.bradley_terry_loss(
+            chosen, rejected, margin, weight=weight, target=target, return_stats=True, **self.loss_options
+        )
+        surprise = rewardfuse.bradley_terry_loss(chosen, rejected, target=target, beta=self.options.beta)
+        values = dict(zip(_TRAIN_METRICS, (value.item() for value in stats), strict=True))
+        return {"loss": loss.item(), "log_likelihood": -surprise.item(), **values}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the training metrics since the last line, and append the line to metrics.jsonl."""
+        self._check_finite()
+        if "loss" in logs:
+            count, *sums = self.accelerator.reduce(self._sums, "sum").tolist()
+            logs.update({name: value / count for name, value in zip(_TRAIN_METRICS, sums, strict=True)})
+            self._sums.zero_()
+        super().log(logs, start_time)
+        line = _deterministic(self.state.log_history[-1])
+        if self.is_world_process_zero() and set(line) - {"step", "epoch"}:
+            with open(Path(self.args.output_dir, JOURNAL_FILE), "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line, sort_keys=True) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every line of metrics.jsonl, without what differs between equal runs (timings)."""
+        lines = (_deterministic(line) for line in self.state.log_history)
+        return [line for line in lines if set(line) - {"step", "epoch"}]
+
+    def rewrite_journal(self) -> None:
+        """Write metrics.jsonl anew from the state: after a resume it may hold lines from beyond the checkpoint."""
+        if self.is_world_process_zero():
+            with atomic_file(Path(self.args.output_dir, JOURNAL_FILE)) as stream:
+                stream.writelines(json.dumps(line, sort_keys=True) + "\n" for line in self.history())
+
+    def _check_finite(self, weights: bool = False) -> None:
+        bad_step = self.accelerator.gather(self._first_bad_step.reshape(1)).min().item()
+        what, step = "loss", bad_step
+        if math.isinf(bad_step):
+            if not weights or all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+                return
+            what, step = "weight", self.state.global_step
+        left = list_checkpoints(Path(self.args.output_dir))
+        newest = f"the newest checkpoint is {left[-1].name}" if left else "there is no checkpoint yet"
+        raise NonFiniteLossError(f"{what} became NaN or infinite at step {int(step)}; {newest}")
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._stage or self.args.output_dir)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Let the Trainer write its checkpoint in a staging folder, and move it to its name when it is complete."""
+        self._check_finite(weights=True)
+        folder = Path(self.args.output_dir)
+        target = folder / f"checkpoint-{self.state.global_step}"
+        with self._staging(folder) as stage:
+            self._stage = stage
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._stage = None
+            self.accelerator.wait_for_everyone()
+            best = self._best_checkpoint(arriving=target)
+            self.state.best_model_checkpoint = str(best) if best else None
+            if self.is_world_process_zero():
+                staged = stage / target.name
+                self.state.save_to_json(str(staged / "trainer_state.json"))  # now with the final path of the best one
+                publish_folder(staged, target)
+                self._remove_old_checkpoints(best)
+
+    def write_outputs(self, metrics: dict[str, Any]) -> None:
+        """Write the final model, tokenizer and options, then metrics.json, whose presence means that all is there."""
+        folder = Path(self.args.output_dir)
+        with self._staging(folder) as stage:
+            self.save_model(str(stage), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                publish_files(stage, folder)
+                with atomic_file(folder / METRICS_FILE) as stream:
+                    stream.write(json.dumps(metrics, indent=2) + "\n")
+
+    @contextlib.contextmanager
+    def _staging(self, folder: Path) -> Iterator[Path]:
+        """A staging folder that all processes share; the first one makes and removes it."""
+        first = self.is_world_process_zero()
+        with staging_folder(folder) if first else contextlib.nullcontext(folder / STAGING) as stage:
+            self.accelerator.wait_for_everyone()
+            yield stage
+            self.accelerator.wait_for_everyone()
+
+    def _best_checkpoint(self, arriving: Path | None = None) -> Path | None:
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        return best if best == arriving or best.is_dir() else None
+
+    def _remove_old_checkpoints(self, best: Path | None) -> None:
+        for path in list_checkpoints(Path(self.args.output_dir))[: -self.options.save_total_limit]:
+            if path != best:
+                remove_folder(path)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Model, tokenizer and options; the Trainer's own would add its arguments as a pickle."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        main = self.args.should_save
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict, is_main_process=main)
+        if main:
+            self.processing_class.save_pretrained(folder)
+            (folder / OPTIONS_FILE).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Strictly: a weight under another name must not be passed over in silence, as the Trainer's own does."""
+        (self.model if model is None else model).load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    @contextlib.contextmanager
+    def _closed_bars(self) -> Iterator[None]:
+        """Close open progress bars when an error ends the run, so that its message has a line of its own."""
+        try:
+            yield
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Progress):
+                    callback.close()
+
+
+def _deterministic(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if not key.endswith(_TIMINGS)}

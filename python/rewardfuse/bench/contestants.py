@@ -1,0 +1,75 @@
+"""Who takes part in a comparison: every backend that serves the device, plain torch, and torch.compile of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import rewardfuse
+from rewardfuse import _backend
+from rewardfuse.bench.clocks import torch_threads
+from rewardfuse.bench.measure import Contestant
+
+
+class Settings(NamedTuple):
+    """What the command line asked for."""
+
+    device: torch.device
+    threads: int | None = None  #: for every CPU case in place of the case's own
+    quick: bool = False
+    rounds: int = 50
+
+
+def contestants(
+    device: torch.device,
+    threads: int | None,
+    ours: Callable[..., Any],
+    line: Callable[..., Any],
+    tensors: Sequence[Tensor],
+) -> tuple[list[Contestant], dict[str, str]]:
+    """The contestants of a case, the backend that users get first, and why others are left out.
+
+    Args:
+        device: of the tensors.
+        threads: torch's threads while the case runs; compiled code depends on them.
+        ours: this library's op as a function of the tensors; the 0-d loss, or a tuple that starts with it.
+        line: the same in plain torch.
+        tensors: the arguments.
+    """
+    chosen = rewardfuse.backend(device)
+    racing, left_out = [], {}
+    for name in sorted(_backend.BACKENDS, key=lambda name: name != chosen):
+        reason = _backend.missing(name, device.type)
+        if name == "triton" and device.type == "cpu":
+            reason = "compiles for GPUs; on CPU it is interpreted, for tests"
+        if reason is None:
+            racing.append(Contestant(name, bind(ours, tensors), partial(rewardfuse.use_backend, name)))
+        else:
+            left_out[name] = reason
+    racing.append(Contestant("torch", bind(line, tensors)))
+    try:
+        racing.append(Contestant("torch.compile", _compiled(line, tensors, threads)))
+    except RuntimeError as error:  # no C++ compiler, or no Triton
+        left_out["torch.compile"] = str(error).strip().splitlines()[0]
+    return racing, left_out
+
+
+def bind(function: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
+    """The loss of `function` at the tensors, as every contestant is called: with the same hops in Python."""
+    if isinstance(function(*tensors), tuple):
+        return lambda: function(*tensors)[0]
+    return lambda: function(*tensors)
+
+
+def _compiled(line: Callable[..., Any], tensors: Sequence[Tensor], threads: int | None) -> Callable[[], Tensor]:
+    torch.compiler.reset()  # else the code of the cases before is looked through at every call
+    with torch_threads(threads):
+        forward = bind(torch.compile(line, dynamic=False), tensors)
+        forward().backward()  # compiles the backward pass
+    for tensor in tensors:
+        tensor.grad = None
+    return forward

@@ -1,0 +1,73 @@
+"""Command line of the demo; see `python -m rewardfuse.demo --help`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+REQUIRED = ("transformers", "accelerate", "scipy", "matplotlib")
+OUTLINE = """\
+A world whose truth is known: a prompt asks for something ("2 tea+jam?"), answers meet the wish more or less and are
+more or less courteous ("3 tea+fig. Enjoy!"). An oracle rewards both; biased annotators, each right with a probability
+that rises with the gap, label {train_pairs} pairs. A transformer of {layers} layers learns from these labels alone.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit code, 2 with one line on stderr for bad input or a full disk."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"rewardfuse.demo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rewardfuse.demo",
+        description="Train a small reward model on preferences whose truth is known, and hold it to the truth.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the world, the model and the training (default: 0)")
+    folder = "folder for the model, the report and the picture (default: demo-output)"
+    parser.add_argument("--output_dir", "--output-dir", default="demo-output", help=folder)
+    parser.add_argument("--quick", action="store_true", help="a run of seconds that learns little: does it work?")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else on stdout")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.seed < 0:
+        raise ValueError(f"--seed: expected an int of at least 0, got {arguments.seed}")
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"the demo needs {', '.join(missing)}: pip install 'rewardfuse[train]'")
+    folder = Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)  # first: a folder that cannot be made is an error before any work
+
+    from rewardfuse.demo.plot import draw  # here, so that --help does not wait for transformers
+    from rewardfuse.demo.report import OWN_TRAINER, print_report
+    from rewardfuse.demo.run import DemoOptions, run_demo
+
+    make = DemoOptions.quick if arguments.quick else DemoOptions
+    options = make(seed=arguments.seed, output_dir=arguments.output_dir)
+    if not arguments.json:
+        print(OUTLINE.format(train_pairs=options.train_pairs, layers=options.layers), flush=True)
+    report, arrays = run_demo(options)
+    picture = folder / "demo.png"
+    draw(report, arrays, picture)
+    if arguments.json:
+        print(json.dumps(report))
+        return 0
+    print_report(report)
+    print(f"\n{OWN_TRAINER}")
+    print(f"Written in {report['seconds']:.0f} s: {folder / 'model'} (the model), {folder / 'report.json'}, {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""The demo's figures, and how they are printed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rewardfuse.demo import world
+from rewardfuse.evaluation import kendall_tau, log_likelihood, mean_kendall_tau, pair_accuracy, reliability
+
+OWN_TRAINER = """\
+In a training loop of your own:
+
+    from rewardfuse import bradley_terry_loss
+
+    rewards = model(input_ids, attention_mask)          # [2B], the chosen responses first
+    chosen, rejected = rewards.chunk(2)
+    loss = bradley_terry_loss(chosen, rejected)         # 0-d, float32
+    loss.backward()
+
+In a TRL script, one import changes:
+
+    from rewardfuse.integrations.trl import RewardConfig, RewardTrainer
+
+On data of your own, from the command line:
+
+    rewardfuse train --dataset_name pairs.jsonl --model_name_or_path FOLDER_OR_NAME --output_dir my-reward-model
+"""
+
+
+def build_report(
+    answers: world.Answers, pairs: world.LabelledPairs, learned: np.ndarray, untrained: np.ndarray
+) -> dict[str, Any]:
+    """Every figure of the demo, ready for JSON.
+
+    Args:
+        answers: held-out answers, `[prompts, k]`.
+        pairs: neighbours 2i and 2i + 1 of each prompt, labelled, `[prompts k/2]`.
+        learned, untrained: rewards `[prompts, k]` of the model after and before training.
+    """
+    oracle = world.oracle_reward(answers)
+    length = np.vectorize(len, otypes=[np.float64])(answers.texts())
+    return {
+        "held_out_pairs": len(pairs.probability),
+        "held_out_answers": int(oracle.size),
+        "model": _figures(learned, oracle, pairs),
+        "untrained": _figures(untrained, oracle, pairs),
+        "longer_wins": _figures(length, oracle, pairs, is_reward=False),
+        "best_possible": _bounds(oracle, pairs),
+    }
+
+
+def _figures(
+    rewards: np.ndarray, oracle: np.ndarray, pairs: world.LabelledPairs, is_reward: bool = True
+) -> dict[str, Any]:
+    """Figures of one rule. One that is no reward, only an order, has neither likelihood nor calibration, and a coin
+    decides its ties: lengths are often equal, where a reward never ties two texts by accident."""
+    gap, true_gap = _gap(rewards), _gap(oracle)
+    if not is_reward:
+        gap = np.where(gap == 0, np.random.default_rng(0).choice([-1.0, 1.0], size=gap.shape), gap)
+    against_oracle = pair_accuracy(gap, true_gap)
+    against_labels = pair_accuracy(gap, np.where(pairs.first_wins, 1, -1))
+    named_right = np.where(gap > 0, pairs.probability, np.where(gap < 0, 1.0 - pairs.probability, 0.0))
+    figures = {
+        "accuracy_oracle": against_oracle.accuracy._asdict(),
+        "accuracy_labels": against_labels.accuracy._asdict(),
+        "expected_accuracy_labels": float(named_right.mean()),
+        "tie_rate": against_labels.tie_rate,
+        "undecided_by_oracle": against_oracle.undecided,
+        "kendall_tau": kendall_tau(rewards.reshape(-1), oracle.reshape(-1)),
+        "kendall_tau_within_prompt": mean_kendall_tau(rewards, oracle),
+    }
+    if is_reward:
+        probability = np.exp(-np.logaddexp(0.0, -gap))  # sigma(gap) without overflow
+        figures["log_likelihood"] = log_likelihood(gap, pairs.first_wins)
+        figures["expected_log_likelihood"] = log_likelihood(gap, pairs.probability)
+        figures["calibration_error"] = reliability(probability, pairs.first_wins).expected_calibration_error
+    return figures
+
+
+def _bounds(oracle: np.ndarray, pairs: world.LabelledPairs) -> dict[str, float]:
+    """What no model can beat, and what the oracle itself would reach."""
+    return {
+        "expected_accuracy_labels": world.best_accuracy(pairs.probability),
+        "expected_accuracy_labels_of_oracle": world.oracle_accuracy(_gap(oracle), pairs.probability),
+        "expected_log_likelihood": world.best_log_likelihood(pairs.probability),
+        # what the true probabilities score on these labels: the part of the figure that is counting noise
+        "calibration_error": reliability(pairs.probability, pairs.first_wins).expected_calibration_error,
+    }
+
+
+def _gap(rewards: np.ndarray) -> np.ndarray:
+    return (rewards[:, 0::2] - rewards[:, 1::2]).reshape(-1)
+
+
+def table_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the summary, as text."""
+    header = ["on held-out prompts", "accuracy vs oracle", "accuracy vs labels", "log-likelihood", "Kendall τ", "ECE"]
+    rows = []
+    for name, title in (("longer_wins", "longer answer wins"), ("untrained", "untrained model"), ("model", "model")):
+        figures = report[name]
+        likelihood, error = figures.get("log_likelihood"), figures.get("calibration_error")
+        rows.append(
+            [
+                title,
+                _with_interval(figures["accuracy_oracle"]),
+                _with_interval(figures["accuracy_labels"]),
+                "-" if likelihood is None else f"{likelihood:.3f}",
+                f"{figures['kendall_tau_within_prompt']:.3f}",
+                "-" if error is None else f"{error:.3f}",
+            ]
+        )
+    best = report["best_possible"]
+    accuracy, likelihood = f"{best['expected_accuracy_labels']:.3f}", f"{best['expected_log_likelihood']:.3f}"
+    rows.append(["best possible", "1.000", accuracy, likelihood, "1.000", f"{best['calibration_error']:.3f}"])
+    return header, rows
+
+
+def _with_interval(proportion: dict[str, float]) -> str:
+    return f"{proportion['value']:.3f} [{proportion['low']:.3f}, {proportion['high']:.3f}]"
+
+
+def notes(report: dict[str, Any]) -> str:
+    """What the table's columns mean, and the figures that it has no room for."""
+    model, best = report["model"], report["best_possible"]
+    return (
+        f"{report['held_out_pairs']} pairs of {report['held_out_answers']} answers; 95 % Wilson intervals; "
+        f"{model['undecided_by_oracle']} pairs that the oracle ties are left out of the first column.\n"
+        "vs oracle: the true order. vs labels: one annotator's noisy choice a pair; no model can expect more than "
+        f"{best['expected_accuracy_labels']:.3f} there\n"
+        f"(the oracle's own order: {best['expected_accuracy_labels_of_oracle']:.3f}; "
+        f"this model's, over all annotators: {model['expected_accuracy_labels']:.3f}).\n"
+        "log-likelihood: nats a pair; the best is minus the entropy of the labels.\n"
+        f"τ: between learned and oracle reward, within a prompt (over all answers: {model['kendall_tau']:.3f};\n"
+        "pairs within prompts do not tell how prompts compare).\n"
+        "ECE: calibration error in 10 bins; the last row is what the true probabilities score on these labels."
+    )
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print the summary table: by rich if it is installed, as plain text otherwise."""
+    header, rows = table_rows(report)
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        for row in (header, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    else:
+        table = Table(title="A reward model against the truth")
+        for index, name in enumerate(header):
+            table.add_column(name, justify="right" if index else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row, style="bold" if row[0] == "model" else None)
+        Console(width=max(118, Console().width)).print(table)
+    print(notes(report))

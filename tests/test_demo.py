@@ -1,0 +1,146 @@
+"""The demo: its world holds what its documentation says, and the same seed gives the same numbers."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rewardfuse.demo import world
+from rewardfuse.demo.__main__ import main
+from rewardfuse.evaluation import log_likelihood, pair_accuracy
+from rewardfuse.reward_model import RewardModel
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    rng = np.random.default_rng(3)
+    train, _ = world.split_prompts(16, rng)
+    return world.sample_pairs(train, 4000, rng)
+
+
+def test_xi_starts_at_a_coin_rises_and_tends_to_one():
+    gap = np.linspace(0, 10, 2001)
+    assert world.xi(0.0) == 0.5
+    assert (np.diff(world.xi(gap)) > 0).all()
+    assert 1 - 1e-8 < world.xi(10.0) < 1
+
+
+def test_bias_is_bounded_and_differs_between_annotators(pairs):
+    bias = world.annotator_bias(pairs.first)
+    assert bias.shape == (len(world.TASTES), 4000)
+    assert np.abs(bias).max() < world.BIAS_BOUND
+    assert len(np.unique(bias.mean(axis=1).round(6))) == len(world.TASTES)
+
+
+def test_bias_depends_on_the_prompt_as_well_as_the_answer(pairs):
+    other = world.Answers(np.roll(pairs.first.wish, 1, axis=0), pairs.first.given, pairs.first.closer)
+    assert (world.annotator_bias(other) != world.annotator_bias(pairs.first)).any()
+
+
+def test_oracle_reward_is_what_its_formula_says():
+    def reward(wish, given, closer):
+        answer = world.Answers(np.array([wish]), np.array([given]), np.array([world.CLOSERS.index(closer)]))
+        assert answer.prompts()[0] == f"{wish[0] + 1} {world.DRINKS[wish[1]]}+{world.EXTRAS[wish[2]]}?"
+        return world.oracle_reward(answer)[0]
+
+    assert reward([1, 2, 3], [1, 2, 3], "") == 2 + 1.5
+    assert reward([1, 2, 3], [1, 0, 3], " Ugh.") == 1.5 - 1
+    assert reward([0, 2, 3], [3, 2, 0], " Enjoy!") == 2 - 0.75 * 3 + 0.25
+
+
+def test_label_frequencies_match_the_stated_probabilities(pairs):
+    rng = np.random.default_rng(11)
+    first, second = pairs.first[:40], pairs.second[:40]
+    draws = 3000
+    repeat = np.repeat(np.arange(40), draws)
+    labels = world.label_pairs(first[repeat], second[repeat], rng).first_wins.reshape(40, draws)
+    expected = world.first_wins_probability(first, second).mean(axis=0)
+    deviation = (labels.mean(axis=1) - expected) / np.sqrt(expected * (1 - expected) / draws)
+    assert np.abs(deviation).max() < 4.5
+    assert deviation.std() < 1.5
+
+
+def test_swapping_a_pair_swaps_the_probability(pairs):
+    forward = world.first_wins_probability(pairs.first, pairs.second)
+    backward = world.first_wins_probability(pairs.second, pairs.first)
+    np.testing.assert_allclose(forward + backward, 1.0, rtol=0, atol=1e-15)
+
+
+def test_an_unbiased_annotator_follows_the_oracle(pairs):
+    unbiased = int(np.flatnonzero((world.TASTES == 0).all(axis=1))[0])
+    gap = world.oracle_reward(pairs.first) - world.oracle_reward(pairs.second)
+    probability = world.first_wins_probability(pairs.first, pairs.second)[unbiased]
+    np.testing.assert_array_equal(np.sign(probability - 0.5), np.sign(gap))
+
+
+def test_best_possible_figures_bound_every_rule(pairs):
+    p = pairs.probability
+    best, best_likelihood = world.best_accuracy(p), world.best_log_likelihood(p)
+    gap = world.oracle_reward(pairs.first) - world.oracle_reward(pairs.second)
+    rng = np.random.default_rng(5)
+    for rule in (gap, -gap, p - 0.5, rng.normal(size=len(p)), *(gap + rng.normal(size=len(p)) for _ in range(5))):
+        assert world.oracle_accuracy(rule, p) <= best
+        assert log_likelihood(rule, p) <= best_likelihood
+    assert world.oracle_accuracy(p - 0.5, p) == pytest.approx(best)
+    assert log_likelihood(np.log(p / (1 - p)), p) == pytest.approx(best_likelihood)
+    reached = pair_accuracy(p - 0.5, np.where(pairs.first_wins, 1, -1), confidence=0.9999).accuracy
+    assert reached.low < best < reached.high
+
+
+def test_no_held_out_prompt_is_trained_on():
+    train, held_out = world.split_prompts(16, np.random.default_rng(0))
+    seen = {tuple(wish) for wish in train.tolist()}
+    assert len(seen) == len(train) == 48
+    assert not seen & {tuple(wish) for wish in held_out.tolist()}
+    with pytest.raises(ValueError, match="held_out: expected an int between 1 and 63, got 64"):
+        world.split_prompts(64, np.random.default_rng(0))
+
+
+def test_no_pair_is_twice_the_same_text_and_answers_alternate():
+    rng = np.random.default_rng(1)
+    wish = np.broadcast_to([0, 0, 0], (2, 3000, 3))
+    first, second = world.sample_two_answers(wish, rng)
+    assert (first.texts() != second.texts()).all()
+    both = first.interleave(second)
+    assert both.closer.shape == (2, 6000)
+    assert (both.texts()[:, 0::2] == first.texts()).all()
+    assert (both.texts()[:, 1::2] == second.texts()).all()
+    assert (both.prompts() == "1 tea+fig?").all()
+
+
+def test_records_name_the_preferred_answer_chosen(pairs):
+    record, first = pairs.records()[7], pairs.first.texts()[7]
+    assert record["chosen" if pairs.first_wins[7] else "rejected"] == first
+
+
+def test_same_seed_same_report_and_all_files_are_there(tmp_path, capsys):
+    reports = []
+    for name in ("a", "b"):
+        assert main(["--quick", "--json", "--seed", "4", "--output_dir", str(tmp_path / name)]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report == json.loads((tmp_path / name / "report.json").read_text(encoding="utf-8"))
+        del report["seconds"], report["options"]["output_dir"]
+        reports.append(report)
+        assert (tmp_path / name / "demo.png").read_bytes().startswith(b"\x89PNG")
+    model = RewardModel.from_pretrained(tmp_path / "a" / "model")
+    assert sum(p.numel() for p in model.parameters()) == reports[0]["options"]["parameters"]
+    assert reports[0] == reports[1]
+    assert reports[0]["learning_curve"][-1]["step"] == 10
+    assert reports[0]["model"] != reports[0]["untrained"]
+    best = reports[0]["best_possible"]
+    assert reports[0]["model"]["expected_accuracy_labels"] <= best["expected_accuracy_labels"]
+    assert reports[0]["model"]["expected_log_likelihood"] <= best["expected_log_likelihood"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--seed", "-1"], "--seed: expected an int of at least 0, got -1"), (["--output_dir", "FILE"], "FILE")],
+)
+def test_bad_input_is_one_line_and_exit_code_two(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("in the way", encoding="utf-8")
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert message in captured.err

@@ -1,0 +1,236 @@
+"""RewardModel: pooling from the mask, a float32 head on the pooled rows, and checkpoints other tools can read."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from rewardfuse.reward_model import RewardModel, pair_loss
+
+PAD = 0
+
+
+def llama_config(**changes):
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": PAD, "max_position_embeddings": 64}
+    return transformers.LlamaConfig(**{**sizes, **heads, **changes})
+
+
+def other_config(kind):
+    if kind == "gpt2":
+        return transformers.GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=64, pad_token_id=PAD)
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = transformers.BertConfig if kind == "bert" else transformers.RobertaConfig
+    return config(**sizes, num_attention_heads=2, pad_token_id=PAD, max_position_embeddings=64)
+
+
+def padded(rows, side, filler):
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), filler)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        place = slice(longest - len(row), None) if side == "left" else slice(len(row))
+        ids[index, place], mask[index, place] = torch.tensor(row), 1
+    return ids, mask
+
+
+def rewards_alone(model, rows):
+    return torch.cat([model(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)) for row in rows])
+
+
+ROWS = [[5, 9, 2], [7, 3, 8, 4, 11, 2], [6]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_does_not_move_the_pooled_position(kind, side):
+    model = RewardModel.from_config(llama_config() if kind == "llama" else other_config(kind), seed=1).eval()
+    torch.testing.assert_close(model(*padded(ROWS, side, PAD)), rewards_alone(model, ROWS), rtol=1e-4, atol=1e-6)
+
+
+def test_roberta_positions_which_start_after_the_padding_index_are_left_alone():
+    model = RewardModel.from_config(other_config("roberta"), seed=1).eval()
+    ids, mask = padded(ROWS, "right", PAD)
+    hidden = model.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+    last = hidden[torch.arange(3), torch.tensor([2, 5, 0])]
+    torch.testing.assert_close(model(ids, mask), model.score(last).squeeze(1))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_reward_is_read_at_eos_when_pad_and_eos_are_the_same_token(side):
+    model = RewardModel.from_config(llama_config(), seed=1).eval()
+    eos = 2
+    torch.testing.assert_close(model(*padded(ROWS, side, eos)), rewards_alone(model, ROWS), rtol=1e-4, atol=1e-6)
+
+
+def test_mask_with_holes_is_pooled_at_its_last_one_not_at_its_sum():
+    model = RewardModel.from_config(llama_config(), seed=1).eval()
+    ids = torch.tensor([[5, 9, 2, 7]])
+    mask = torch.tensor([[1, 0, 0, 1]])
+    hidden = model.backbone(input_ids=ids, attention_mask=mask, position_ids=torch.tensor([[0, 0, 0, 1]]))
+    torch.testing.assert_close(model(ids, mask), model.score(hidden.last_hidden_state[:, 3]).squeeze(1))
+
+
+def test_head_runs_on_the_pooled_rows_only():
+    model = RewardModel.from_config(llama_config(), seed=1)
+    shapes = []
+    model.score.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    model(*padded(ROWS, "right", PAD))
+    assert shapes == [(3, 16)]
+
+
+def test_rewards_stay_float32_under_autocast_and_with_a_bfloat16_backbone():
+    model = RewardModel.from_config(llama_config(), seed=1)
+    batch = padded(ROWS, "right", PAD)
+    seen = []
+    model.score.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(*batch).dtype == torch.float32
+    model.backbone.to(torch.bfloat16)
+    assert model(*batch).dtype == torch.float32
+    assert model.score.weight.dtype == torch.float32 and seen == [torch.float32] * 2
+
+
+def test_empty_mask_row_is_refused_and_named():
+    model = RewardModel.from_config(llama_config(), seed=1)
+    ids, mask = padded(ROWS, "right", PAD)
+    mask[1] = 0
+    with pytest.raises(ValueError, match="attention_mask is empty in row 1"):
+        model(ids, mask)
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (2, 4)), ((3,), (3,)), ((2, 0), (2, 0))])
+def test_wrong_shapes_are_refused(shapes):
+    model = RewardModel.from_config(llama_config(), seed=1)
+    with pytest.raises(ValueError, match=r"must share a shape \[batch, length\]"):
+        model(*(torch.ones(shape, dtype=torch.long) for shape in shapes))
+
+
+def test_loss_splits_chosen_before_rejected_and_passes_margin_weight_and_target():
+    model = RewardModel.from_config(llama_config(), seed=1)
+    ids, mask = padded([*ROWS, [9]], "right", PAD)
+    extras = {
+        "margin": torch.tensor([0.5, 1.0]),
+        "weight": torch.tensor([2.0, 1.0]),
+        "target": torch.tensor([1.0, 0.3]),
+    }
+    loss, stats = model.loss({"input_ids": ids, "attention_mask": mask, **extras}, label_smoothing=0.1)
+    chosen, rejected = model(ids, mask).chunk(2)
+    z = chosen - rejected - extras["margin"]
+    t = extras["target"] * 0.9 + (1 - extras["target"]) * 0.1
+    losses = -(t * torch.nn.functional.logsigmoid(z) + (1 - t) * torch.nn.functional.logsigmoid(-z))
+    torch.testing.assert_close(loss, (extras["weight"] * losses).mean())
+    torch.testing.assert_close(stats.accuracy, (chosen > rejected).float().mean())
+    loss.backward()
+    assert model.score.weight.grad.abs().sum() > 0
+
+
+def test_odd_batch_of_pairs_is_refused():
+    with pytest.raises(ValueError, match="even number of rows"):
+        pair_loss(torch.zeros(3), {})
+
+
+def test_same_seed_gives_the_same_model_and_leaves_the_global_generator_alone():
+    torch.manual_seed(3)
+    first = RewardModel.from_config(llama_config(), seed=1).state_dict()
+    drawn = torch.rand(1)
+    torch.manual_seed(4)
+    second = RewardModel.from_config(llama_config(), seed=1).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(1), drawn)
+
+
+def test_saved_decoder_is_read_by_auto_model_for_sequence_classification(tmp_path):
+    model = RewardModel.from_config(llama_config(), seed=1).eval()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert not list(tmp_path.glob("*.bin"))
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert peer.num_labels == 1
+    ids, mask = padded(ROWS, "right", PAD)
+    torch.testing.assert_close(peer(input_ids=ids, attention_mask=mask).logits.squeeze(1), model(ids, mask))
+
+
+def test_sequence_classification_checkpoint_is_loaded_with_its_head(tmp_path):
+    peer = transformers.AutoModelForSequenceClassification.from_config(llama_config(num_labels=1)).eval()
+    peer.save_pretrained(tmp_path, max_shard_size="10KB")  # in shards: the head must be found through the index
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    model = RewardModel.from_pretrained(tmp_path).eval()
+    ids, mask = padded(ROWS, "right", PAD)
+    torch.testing.assert_close(peer(input_ids=ids, attention_mask=mask).logits.squeeze(1), model(ids, mask))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "roberta"])
+def test_round_trip_keeps_every_weight(tmp_path, kind):
+    model = RewardModel.from_config(llama_config() if kind == "llama" else other_config(kind), seed=1)
+    model.save_pretrained(tmp_path)
+    loaded = RewardModel.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    fresh = RewardModel.from_config(model.config, seed=2)
+    fresh.load_weights(tmp_path)
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_checkpoint_with_two_outputs_is_refused(tmp_path):
+    transformers.AutoModelForSequenceClassification.from_config(llama_config(num_labels=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"must have one output, shape \[1, 16\], got \[2, 16\]"):
+        RewardModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("auto", "config", "found"),
+    [
+        ("AutoModel", llama_config(), "nothing beside the backbone"),
+        ("AutoModelForCausalLM", llama_config(), "lm_head.weight"),
+        ("AutoModelForSequenceClassification", other_config("bert"), "classifier.bias, classifier.weight"),
+    ],
+)
+def test_checkpoint_without_head_says_what_was_found_unless_a_new_head_is_wanted(tmp_path, auto, config, found):
+    getattr(transformers, auto).from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"no reward head score.weight .*{found}.*--new_head"):
+        RewardModel.from_pretrained(tmp_path)
+    first, second = (RewardModel.from_pretrained(tmp_path, new_head=True, seed=5) for _ in range(2))
+    assert torch.equal(first.score.weight, second.score.weight)
+
+
+def test_missing_backbone_weights_are_an_error_not_random_numbers(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    RewardModel.from_config(llama_config(), seed=1).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 weights of the backbone are missing, first (model\.)?norm\.weight"):
+        RewardModel.from_pretrained(tmp_path)
+
+
+def spoil(folder, how):
+    if how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif how == "damaged weights":
+        content = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    elif how == "damaged config":
+        (folder / "config.json").write_text('{"model_type": ')
+    else:
+        (folder / "config.json").write_text('{"model_type": "nonesuch"}')
+
+
+@pytest.mark.parametrize("how", ["no config", "no weights", "damaged weights", "damaged config", "unknown type"])
+def test_folder_that_holds_no_model_is_one_clear_line(tmp_path, how):
+    RewardModel.from_config(llama_config(), seed=1).save_pretrained(tmp_path)
+    spoil(tmp_path, how)
+    with pytest.raises(ValueError, match="holds no|cannot load a model|" + str(tmp_path)) as error:
+        RewardModel.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_folder_is_not_taken_for_a_hub_name(tmp_path):
+    with pytest.raises(ValueError, match="no such model folder"):
+        RewardModel.from_pretrained(tmp_path / "absent")
