@@ -108,7 +108,7 @@ def render(facts: dict[str, Any]) -> str:
         ("CUDA kernels", facts["build"]["cuda"]),
         ("GPUs", ", ".join(facts["gpus"]) or "none"),
     ]
-    lines += _aligned(rows) + ["", "backends"]
+    lines += [*_aligned(rows), "", "backends"]
     for name, devices in facts["missing"].items():
         for device_type, reason in devices.items():
             served = "serves " if reason is None else "missing"
@@ -122,7 +122,9 @@ def render(facts: dict[str, Any]) -> str:
     lines += _aligned([(name, "not set" if value is None else value) for name, value in facts["environment"].items()])
     lines += ["", "optional packages"]
     lines += _aligned([(name, version or "not installed") for name, version in facts["packages"].items()])
-    return "\n".join(lines + [""] * bool(facts["hints"]) + facts["hints"])
+    if facts["hints"]:
+        lines += ["", *facts["hints"]]
+    return "\n".join(lines)
 
 
 def _torch_text(torch_facts: dict[str, Any]) -> str:

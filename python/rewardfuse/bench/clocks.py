@@ -56,8 +56,8 @@ class DeviceClock:
     """GPU time of one step between two events, with a cold L2 and without the host's time.
 
     Before the first event the stream is given writes over a buffer much larger than L2. They evict the inputs, and they
-    last so long that the host has issued the whole step before the GPU reaches it: the gaps of a host that cannot keep up
-    are what WallClock shows.
+    last so long that the host has issued the whole step before the GPU reaches it: the gaps of a host that cannot keep
+    up are what WallClock shows.
     """
 
     name = "device"

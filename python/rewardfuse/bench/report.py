@@ -152,6 +152,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """A bar for every peer of every case: how many times this library's time it takes, forward + backward."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     groups = [
         (f"{op}, {case['name']}" + (f", {m['clock']} time" if case["device"] == "cuda" else ""), m)
@@ -166,22 +167,24 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     position = 0
     ticks, labels = [], []
-    largest = 1.0
+    ends = [1.0]
     for title, m in groups:
         axes.text(0.005, position, title, transform=axes.get_yaxis_transform(), fontsize=9, weight="bold", va="center")
         for peer, ratio in m["ratio_to"].items():
             position += 1
-            largest = max(largest, 1 / ratio["median"])
-            _bar(axes, position, ratio)
+            ends += [1 / ratio["median"], 1 / ratio.get("reach", 1)]
+            _bar(axes, position, peer, ratio)
             ticks.append(position)
-            labels.append(peer)
+            labels.append("copy of the same bytes" if peer == "copy" else peer)
         position += 1
     axes.axvline(1, color=GREY, lw=1)
     axes.set_yticks(ticks, labels, fontsize=8.5)
     axes.set(
         xscale="log", ylim=(position, -1), xlabel="peer's time / this library's time, forward + backward (log scale)"
     )
-    axes.set_xlim(right=largest * 1.8)
+    axes.set_xlim(min(ends), max(ends) * 2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.spines[["top", "right"]].set_visible(False)
     machine = result["machine"]
@@ -197,7 +200,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         raise
 
 
-def _bar(axes: Any, position: int, ratio: dict[str, Any]) -> None:
+def _bar(axes: Any, position: int, peer: str, ratio: dict[str, Any]) -> None:
     """From 1 to how many times as long the peer takes, with quartiles, and a tick where a target stands."""
     speedup = 1 / ratio["median"]
     low, high = speedup - 1 / ratio["upper_quartile"], 1 / ratio["lower_quartile"] - speedup
@@ -206,9 +209,9 @@ def _bar(axes: Any, position: int, ratio: dict[str, Any]) -> None:
         speedup - 1,
         left=1,
         height=0.75,
-        color=BLUE if speedup >= 1 else ORANGE,
+        color=GREY if peer == "copy" else BLUE if speedup >= 1 else ORANGE,
         xerr=[[max(low, 0)], [max(high, 0)]],
-        error_kw={"ecolor": GREY, "elinewidth": 1},
+        error_kw={"ecolor": "black", "elinewidth": 1},
     )
     end = max(1 / ratio["lower_quartile"], 1)
     text = f"{speedup:.2f}×"
