@@ -9,4 +9,6 @@ sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != o
 import torch
 
 root = os.path.dirname(torch.__file__)
-print(torch.__version__, torch.version.cuda or "NONE", os.path.join(root, "include"), os.path.join(root, "lib"), sep=";")
+print(
+    torch.__version__, torch.version.cuda or "NONE", os.path.join(root, "include"), os.path.join(root, "lib"), sep=";"
+)

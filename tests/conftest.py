@@ -18,7 +18,8 @@ import pytest
 import rewardfuse
 from rewardfuse import _backend
 
-hypothesis.settings.register_profile("default",
+hypothesis.settings.register_profile(
+    "default",
     deadline=None,
     derandomize=True,
     print_blob=True,

@@ -1,9 +1,9 @@
 """Both ops on pairs behind one face, so that the contract is tested once for both."""
 
-import oracles
 import torch
 from hypothesis import strategies as st
 
+import oracles
 import rewardfuse
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

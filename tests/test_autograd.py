@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-from pairs import OPS, to_device
 from torch._dynamo.testing import CompileCounter
 
 import rewardfuse
+from pairs import OPS, to_device
 
 op_cases = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 ALL_OPTIONS = {"label_smoothing": 0.1, "beta": 0.7, "center_rewards_coefficient": 0.01}
@@ -123,9 +123,7 @@ class TestCompilation:
     """torch.compile, torch.export and the dispatcher, for the native backend and the reference."""
 
     def loss(self, a, b, m, w, mask):
-        loss, stats = rewardfuse.bradley_terry_loss(
-            a, b, m, weight=w, mask=mask, **ALL_OPTIONS, return_stats=True
-        )
+        loss, stats = rewardfuse.bradley_terry_loss(a, b, m, weight=w, mask=mask, **ALL_OPTIONS, return_stats=True)
         tie = rewardfuse.bradley_terry_tie_loss(a, b, 0.5, log_tie=m.abs())
         return loss + tie, stats.accuracy
 
@@ -187,7 +185,9 @@ class TestCompilation:
         torch._dynamo.reset()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            torch.compile(rewardfuse.bradley_terry_loss, fullgraph=True, backend="eager")(torch.randn(4), torch.randn(4))
+            torch.compile(rewardfuse.bradley_terry_loss, fullgraph=True, backend="eager")(
+                torch.randn(4), torch.randn(4)
+            )
 
 
 def test_registration_fails_opcheck(native):

@@ -53,7 +53,10 @@ def test_an_unmet_wish_falls_back_silently(monkeypatch):
     with pytest.raises(ValueError, match="backend: expected one of native, triton, reference, got 'cuda'"):
         rewardfuse.use_backend("cuda").__enter__()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with rewardfuse.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for but cannot serve cpu"):
+    with (
+        rewardfuse.use_backend("triton"),
+        pytest.raises(RuntimeError, match="'triton' was asked for but cannot serve cpu"),
+    ):
         rewardfuse.bradley_terry_loss(torch.ones(2), torch.zeros(2))
     monkeypatch.setenv("REWARDFUSE_BACKEND", "fastest")
     monkeypatch.setattr(_backend, "_chosen", {})
@@ -65,7 +68,9 @@ def test_a_fallback_away_from_native_is_silent_or_warns_twice(monkeypatch):
     monkeypatch.setattr(_backend, "_C", None)
     monkeypatch.setattr(_backend, "_chosen", {})
     monkeypatch.setattr(_build, "NATIVE_REASON", "not built: no C++ compiler was found")
-    with pytest.warns(RuntimeWarning, match="reference backend for cpu tensors: not built: no C\\+\\+ compiler") as seen:
+    with pytest.warns(
+        RuntimeWarning, match="reference backend for cpu tensors: not built: no C\\+\\+ compiler"
+    ) as seen:
         loss = rewardfuse.bradley_terry_loss(torch.ones(2), torch.zeros(2))
         rewardfuse.bradley_terry_loss(torch.ones(2), torch.zeros(2))
     assert len(seen) == 1 and loss.item() == pytest.approx(0.3132616)

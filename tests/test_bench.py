@@ -103,7 +103,7 @@ def test_the_slower_one_wins():
 def test_samples_are_too_short_to_time():
     calls = []
     WallClock(torch.device("cpu")).sample(lambda: calls.append(None))
-    assert len(calls) > 1000  # an append takes far less than a microsecond, a sample a millisecond
+    assert len(calls) > 1000  # an append takes far less than a microsecond, a sample two milliseconds
 
 
 def test_every_contestant_has_as_many_turns():

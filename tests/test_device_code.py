@@ -19,7 +19,9 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 def resources(text):
     """(kernel, stack bytes, spilled bytes) of every kernel in ptxas's report."""
-    pattern = r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    pattern = (
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    )
     return [(name, int(stack), int(a) + int(b)) for name, stack, a, b in re.findall(pattern, text, re.S)]
 
 
@@ -39,7 +41,8 @@ def test_cuda_kernels_spill_or_do_not_compile(source, architecture, tmp_path):
 @pytest.mark.parametrize("source", HOST_SOURCES, ids=lambda p: p.stem)
 def test_host_code_of_a_cuda_build_does_not_compile(source, tmp_path):
     torch_include = pathlib.Path(torch.__file__).parent / "include"
-    cuda_include = pathlib.Path(shutil.which("nvcc")).resolve().parent.parent / "include"
+    dry_run = subprocess.run(["nvcc", "--dryrun", "none.cu"], capture_output=True, text=True).stderr
+    cuda_include = pathlib.Path(re.search(r"TOP=(\S+)", dry_run).group(1)) / "include"
     command = ["c++", "-std=c++20", "-fsyntax-only", "-DREWARDFUSE_WITH_CUDA=1", "-DC10_USING_CUSTOM_GENERATED_MACROS"]
     command += ["-DREWARDFUSE_X86_64", *INCLUDES, f"-isystem{torch_include}"]
     command += [f"-isystem{torch_include / 'torch/csrc/api/include'}", f"-isystem{cuda_include}", str(source)]
@@ -52,12 +55,13 @@ import sys, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 sys.path.insert(0, {tests!r})
+from rewardfuse.kernels.pairwise.triton import WARPS
 from triton_cases import CASES
 
 for name, kernel, signature, constants in CASES:
     for capability in (80, 90, 100):
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={{"num_warps": 4}})
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={{"num_warps": WARPS}})
         with open(f"{folder}/{{name}}.{{capability}}.cubin", "wb") as file:
             file.write(compiled.asm["cubin"])
 """

@@ -22,11 +22,23 @@ CASES = [
     (bt(rejected=torch.zeros(2)), ValueError, "rejected: expected the shape of chosen, [3], got [2]"),
     (bt(rejected=torch.zeros(3, 1)), ValueError, "rejected: expected the shape of chosen, [3], got [3, 1]"),
     (bt(rejected=B.double()), TypeError, "rejected: expected the dtype of chosen, torch.float32, got torch.float64"),
-    (bt(chosen=A.long()), TypeError, "chosen: expected a tensor of float16, bfloat16, float32 or float64, got torch.int64"),
-    (bt(chosen=A.cfloat()), TypeError, "chosen: expected a tensor of float16, bfloat16, float32 or float64, got torch.complex64"),
+    (
+        bt(chosen=A.long()),
+        TypeError,
+        "chosen: expected a tensor of float16, bfloat16, float32 or float64, got torch.int64",
+    ),
+    (
+        bt(chosen=A.cfloat()),
+        TypeError,
+        "chosen: expected a tensor of float16, bfloat16, float32 or float64, got torch.complex64",
+    ),
     (bt(chosen=[1.0]), TypeError, "chosen: expected a tensor, got list"),
     (bt(rejected=B.to("meta")), ValueError, "rejected: expected the device of chosen, cpu, got meta"),
-    (bt(margin=torch.zeros(1)), ValueError, "margin: expected a number, a 0-d tensor or the shape of chosen, [3], got [1]"),
+    (
+        bt(margin=torch.zeros(1)),
+        ValueError,
+        "margin: expected a number, a 0-d tensor or the shape of chosen, [3], got [1]",
+    ),
     (bt(margin=A.cfloat()), TypeError, "margin: expected a tensor of a real dtype, got torch.complex64"),
     (bt(margin="1"), TypeError, "margin: expected a number or a tensor, got str"),
     (bt(margin=float("nan")), ValueError, "margin: expected a number, got nan"),
@@ -39,7 +51,11 @@ CASES = [
     (bt(target=torch.tensor([0, 1, torch.nan])), ValueError, "target: expected values from 0 to 1, got nan at index 2"),
     (bt(label_smoothing=0.6), ValueError, "label_smoothing: expected from 0 to 0.5, got 0.6"),
     (bt(beta=0.0), ValueError, "beta: expected positive and finite, got 0"),
-    (bt(center_rewards_coefficient=-1.0), ValueError, "center_rewards_coefficient: expected finite and not negative, got -1"),
+    (
+        bt(center_rewards_coefficient=-1.0),
+        ValueError,
+        "center_rewards_coefficient: expected finite and not negative, got -1",
+    ),
     (bt(reduction="avg"), ValueError, 'reduction: expected "none", "sum" or "mean", got \'avg\''),
     (bt(normalizer=0), ValueError, "normalizer: expected a positive number or a 0-d tensor, got 0"),
     (bt(normalizer=torch.tensor(-1.0)), ValueError, "normalizer: expected a positive number or a 0-d tensor, got -1"),
@@ -91,7 +107,10 @@ DEFAULTS = {
 def test_pybind11_and_torch_ops_raise_differently(native, change, kind):
     arguments = {**DEFAULTS, **change}
     errors = []
-    for call in (lambda: native.bradley_terry_loss(*arguments.values()), lambda: torch.ops.rewardfuse.bradley_terry_loss(**arguments)):
+    for call in (
+        lambda: native.bradley_terry_loss(*arguments.values()),
+        lambda: torch.ops.rewardfuse.bradley_terry_loss(**arguments),
+    ):
         with pytest.raises(kind) as error:
             call()
         errors.append(str(error.value).splitlines()[0])
@@ -115,5 +134,8 @@ def test_bad_values_on_a_gpu_raise_only_under_checks(name):
     with rewardfuse.use_backend(name):
         loss = rewardfuse.bradley_terry_loss(A.cuda(), B.cuda(), target=target, reduction="none")
         assert loss.isnan().tolist() == [False, True, False]
-        with rewardfuse.checks(True), pytest.raises(ValueError, match="target: expected values from 0 to 1, got 2 at index 1"):
+        with (
+            rewardfuse.checks(True),
+            pytest.raises(ValueError, match="target: expected values from 0 to 1, got 2 at index 1"),
+        ):
             rewardfuse.bradley_terry_loss(A.cuda(), B.cuda(), target=target)

@@ -33,7 +33,9 @@ def test_an_op_lacks_a_layer(stem):
 
 
 def test_an_op_is_missing_from_the_table():
-    kernels = {p.parent.name for p in (ROOT / "kernels").glob("*/*") if p.name != "__init__.py" and p.parent.name[0] != "_"}
+    kernels = {
+        p.parent.name for p in (ROOT / "kernels").glob("*/*") if p.name != "__init__.py" and p.parent.name[0] != "_"
+    }
     autograd = {p.stem for p in (ROOT / "csrc/autograd").glob("*.cpp")}
     ops = {p.stem for p in (ROOT / "python/rewardfuse/ops").glob("*.py") if not p.stem.startswith("_")}
     assert kernels - SHARED["kernels"] == autograd - SHARED["csrc/autograd"] == ops == set(OPS)

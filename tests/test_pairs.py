@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairs import DTYPES, GRADIENT_TOLERANCE, OPS, TOLERANCE, assert_close, strided, to_device
 
 import rewardfuse
+from pairs import DTYPES, GRADIENT_TOLERANCE, OPS, TOLERANCE, assert_close, strided, to_device
 
 op_cases = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 SHAPES = [(), (1,), (0,), (7,), (64,), (3, 5), (2, 0), (4, 1, 3), (2, 3, 17)]
@@ -132,7 +132,9 @@ def test_nothing_valid_gives_nan_or_a_gradient(op, backend, reduction):
 @op_cases
 def test_inputs_are_written_to(op, backend):
     a, b = (torch.randn(100, device=backend.device, requires_grad=True) for _ in "ab")
-    arguments = to_device({**op.plain((100,)), "weight": torch.rand(100), "mask": torch.rand(100) > 0.5}, backend.device)
+    arguments = to_device(
+        {**op.plain((100,)), "weight": torch.rand(100), "mask": torch.rand(100) > 0.5}, backend.device
+    )
     tensors = [a, b, *arguments.values()]
     before, versions = [t.detach().clone() for t in tensors], [t._version for t in tensors]
     op.function(a, b, **arguments).backward()

@@ -1,7 +1,6 @@
 """Every Triton kernel with the argument types and constants that it is compiled ahead of time for."""
 
 import triton.language as tl
-
 from rewardfuse.kernels.bradley_terry import triton as bradley_terry
 from rewardfuse.kernels.bradley_terry_tie import triton as tie
 from rewardfuse.kernels.pairwise import triton as pairwise
@@ -24,6 +23,8 @@ def _signature(kernel, pointers, constants, strides):
 def _cases():
     for model, (loss, gradient) in MODELS.items():
         for dtype, scores in SCORES.items():
+            if dtype == "bfloat16" and model != "bradley_terry":
+                continue  # the same maths behind the same cast
             wide = dtype == "float64"
             acc = "*fp64" if wide else "*fp32"
             common = {
@@ -31,7 +32,15 @@ def _cases():
                 **{"HAS_NORMALIZER": False, "COUNTS": True, "REDUCTION": 2, "PROGRAMS": 1024},
                 **{"ACC": tl.float64 if wide else tl.float32, "TERMS": 16 if wide else 7, "BLOCK": pairwise.BLOCK},
             }
-            operands = {"a": scores, "b": scores, "p": acc, "q": acc, "weight": acc, "mask": "*i1", "normalizer": "*fp32"}
+            operands = {
+                "a": scores,
+                "b": scores,
+                "p": acc,
+                "q": acc,
+                "weight": acc,
+                "mask": "*i1",
+                "normalizer": "*fp32",
+            }
             scratch = {"flags": "*i64", "partials": "*fp64", "denominator": "*fp64"}
             constants = common | {"LOSS": loss, "STATS": True}
             pointers = operands | scratch | {"loss": acc, "stats": acc}

@@ -43,15 +43,16 @@ LossAndStats bradley_terry_loss(const at::Tensor& chosen, const at::Tensor& reje
                                 const OptionalTensor& normalizer, double margin_value, double weight_value,
                                 double target_value, double normalizer_value, double label_smoothing, double beta,
                                 double center_rewards_coefficient, int64_t reduction, bool return_stats) {
-  const pairwise::Numbers numbers{margin_value, weight_value, target_value,
-                                  normalizer_value, label_smoothing, beta, center_rewards_coefficient};
+  const pairwise::Numbers numbers{
+      margin_value, weight_value, target_value, normalizer_value, label_smoothing, beta, center_rewards_coefficient};
   pairwise::check_public(BradleyTerryOp::names, {chosen, rejected, margin, mask, weight, target, normalizer, numbers,
                                                  static_cast<pairwise::Reduction>(reduction)});
   check_number("target", target_value >= 0 && target_value <= 1, "from 0 to 1", target_value);
   check_number("label_smoothing", label_smoothing >= 0 && label_smoothing <= 0.5, "from 0 to 0.5", label_smoothing);
   check_number("beta", std::isfinite(beta) && beta > 0, "positive and finite", beta);
-  check_number("center_rewards_coefficient", std::isfinite(center_rewards_coefficient) && center_rewards_coefficient >= 0,
-               "finite and not negative", center_rewards_coefficient);
+  check_number("center_rewards_coefficient",
+               std::isfinite(center_rewards_coefficient) && center_rewards_coefficient >= 0, "finite and not negative",
+               center_rewards_coefficient);
   auto outputs = pairwise::PairLoss<BradleyTerryOp>::apply(chosen, rejected, margin, mask, weight, target, normalizer,
                                                            numbers, reduction, return_stats);
   return {std::move(outputs[0]), std::move(outputs[1])};

@@ -38,18 +38,20 @@ struct BradleyTerryTieOp {
   }
 
   static pairwise::Tensors3 differentiable_backward(const Inputs&, const at::Tensor&, const at::Tensor&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        false, "bradley_terry_tie_loss: a second derivative (create_graph=True) is not implemented");
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "bradley_terry_tie_loss: a second derivative (create_graph=True) is not implemented");
   }
 };
 
 }  // namespace
 
 at::Tensor bradley_terry_tie_loss(const at::Tensor& first, const at::Tensor& second, const OptionalTensor& outcome,
-                                  const OptionalTensor& log_tie, const OptionalTensor& mask, const OptionalTensor& weight,
-                                  const OptionalTensor& normalizer, double outcome_value, double log_tie_value,
-                                  double weight_value, double normalizer_value, int64_t model, int64_t reduction) {
-  const pairwise::Numbers numbers{log_tie_value, weight_value, outcome_value, normalizer_value, static_cast<double>(model)};
+                                  const OptionalTensor& log_tie, const OptionalTensor& mask,
+                                  const OptionalTensor& weight, const OptionalTensor& normalizer, double outcome_value,
+                                  double log_tie_value, double weight_value, double normalizer_value, int64_t model,
+                                  int64_t reduction) {
+  const pairwise::Numbers numbers{log_tie_value, weight_value, outcome_value, normalizer_value,
+                                  static_cast<double>(model)};
   pairwise::check_public(BradleyTerryTieOp::names, {first, second, log_tie, mask, weight, outcome, normalizer, numbers,
                                                     static_cast<pairwise::Reduction>(reduction)});
   TORCH_CHECK_VALUE(model == 0 || model == 1, "model: expected 0 (rao_kupper) or 1 (davidson), got ", model);
@@ -72,7 +74,8 @@ TORCH_LIBRARY_FRAGMENT(rewardfuse, m) {
       "Tensor? outcome, Tensor? normalizer, float[] numbers, int reduction, bool return_stats) "
       "-> (Tensor loss, Tensor stats, Tensor denominator)");
   m.def(
-      "_bradley_terry_tie_loss_backward(Tensor grad_output, Tensor first, Tensor second, Tensor? log_tie, Tensor? mask, "
+      "_bradley_terry_tie_loss_backward(Tensor grad_output, Tensor first, Tensor second, Tensor? log_tie, Tensor? "
+      "mask, "
       "Tensor? weight, Tensor? outcome, Tensor? normalizer, Tensor? denominator, float[] numbers, int reduction, "
       "bool need_first, bool need_second, bool need_log_tie) -> (Tensor, Tensor, Tensor)");
 }

@@ -18,8 +18,9 @@ LossAndStats bradley_terry_loss(const at::Tensor& chosen, const at::Tensor& reje
                                 double center_rewards_coefficient, int64_t reduction, bool return_stats);
 
 at::Tensor bradley_terry_tie_loss(const at::Tensor& first, const at::Tensor& second, const OptionalTensor& outcome,
-                                  const OptionalTensor& log_tie, const OptionalTensor& mask, const OptionalTensor& weight,
-                                  const OptionalTensor& normalizer, double outcome_value, double log_tie_value,
-                                  double weight_value, double normalizer_value, int64_t model, int64_t reduction);
+                                  const OptionalTensor& log_tie, const OptionalTensor& mask,
+                                  const OptionalTensor& weight, const OptionalTensor& normalizer, double outcome_value,
+                                  double log_tie_value, double weight_value, double normalizer_value, int64_t model,
+                                  int64_t reduction);
 
 }  // namespace rewardfuse

@@ -38,8 +38,8 @@ void check(const Names& names, const Inputs& in) {
   }
 }
 
-void check_backward(const Names& names, const Inputs& in, const at::Tensor& grad_output, const OptionalTensor& denominator,
-                    bool need_p) {
+void check_backward(const Names& names, const Inputs& in, const at::Tensor& grad_output,
+                    const OptionalTensor& denominator, bool need_p) {
   TORCH_CHECK_VALUE(grad_output.dim() == 0 || in.reduction == Reduction::kNone,
                     "grad_output: expected a 0-d tensor, got shape ", grad_output.sym_sizes());
   check_per_item("grad_output", grad_output, names.a, in.a);
@@ -186,7 +186,8 @@ Tensors3 backward(const Names& names, const Kernels& kernels, const Inputs& in, 
     (out.sum_p ? out.p_total : out.p) = grad_p.mutable_data_ptr();
     out.p_dtype = *kernel_dtype(in.p->scalar_type());
   }
-  if (in.reduction == Reduction::kMean && !in.counts() && !in.has_normalizer()) out.scale = mean(1, problem.plane.items);
+  if (in.reduction == Reduction::kMean && !in.counts() && !in.has_normalizer())
+    out.scale = mean(1, problem.plane.items);
   if (in.a.is_cuda()) {
     launch_backward(kernels.cuda, in, problem, out, denominator);
     return {grad_a, grad_b, grad_p};
@@ -207,7 +208,8 @@ namespace rewardfuse {
 void check_values(const char* name, const OptionalTensor& values, const pairwise::Inputs& in, const char* expected,
                   const at::Tensor& good) {
   if (!present(values)) return;
-  const at::Tensor bad = good.logical_not().expand_as(in.a).logical_and(pairwise::Selected(in).counted).flatten().nonzero();
+  const at::Tensor bad =
+      good.logical_not().expand_as(in.a).logical_and(pairwise::Selected(in).counted).flatten().nonzero();
   if (bad.numel() == 0) return;
   const int64_t index = bad[0].item().toLong();
   TORCH_CHECK_VALUE(false, name, ": expected ", expected, ", got ",

@@ -3,8 +3,8 @@
 // An op is a struct Op with
 //   names, forward_op, backward_op      argument names for messages; names of its private dispatcher ops
 //   kernels(options)                    the kernels of the model that the options choose
-//   raise_invalid(inputs)               finds and names the first value out of range (slow; only on the way to an error)
-//   differentiable_backward(…)          the backward in ATen ops, taken under create_graph=True
+//   raise_invalid(inputs)               finds and names the first value out of range (slow; only on the way to an
+//   error) differentiable_backward(…)          the backward in ATen ops, taken under create_graph=True
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -26,14 +26,14 @@ struct Names {
 using Numbers = std::array<double, 7>;
 
 struct Inputs {
-  const at::Tensor& a;              // [*] rewards
-  const at::Tensor& b;              // [*]
-  const OptionalTensor& p;          // [*] or [], may want a gradient
-  const OptionalTensor& mask;       // [*] bool
-  const OptionalTensor& weight;     // [*] or []
-  const OptionalTensor& q;          // [*] or []
-  const OptionalTensor& normalizer; // []
-  at::ArrayRef<double> numbers;     // as Numbers
+  const at::Tensor& a;               // [*] rewards
+  const at::Tensor& b;               // [*]
+  const OptionalTensor& p;           // [*] or [], may want a gradient
+  const OptionalTensor& mask;        // [*] bool
+  const OptionalTensor& weight;      // [*] or []
+  const OptionalTensor& q;           // [*] or []
+  const OptionalTensor& normalizer;  // []
+  at::ArrayRef<double> numbers;      // as Numbers
   Reduction reduction;
 
   at::ArrayRef<double> options() const { return numbers.slice(4); }
@@ -47,19 +47,23 @@ struct Kernels {
   const PairKernelsCuda* cuda;  // null where the build has none
 };
 #if REWARDFUSE_WITH_CUDA
-#define RF_PAIR_KERNELS(name) ::rewardfuse::pairwise::Kernels{name##_cpu(), &::rewardfuse::cuda::name}
+#define RF_PAIR_KERNELS(name) \
+  ::rewardfuse::pairwise::Kernels { name##_cpu(), &::rewardfuse::cuda::name }
 #else
-#define RF_PAIR_KERNELS(name) ::rewardfuse::pairwise::Kernels{name##_cpu(), nullptr}
+#define RF_PAIR_KERNELS(name) \
+  ::rewardfuse::pairwise::Kernels { name##_cpu(), nullptr }
 #endif
 
 using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using ForwardOp = Tensors3(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& p, const OptionalTensor& mask,
-                           const OptionalTensor& weight, const OptionalTensor& q, const OptionalTensor& normalizer,
-                           at::ArrayRef<double> numbers, int64_t reduction, bool return_stats);
+using ForwardOp = Tensors3(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& p,
+                           const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& q,
+                           const OptionalTensor& normalizer, at::ArrayRef<double> numbers, int64_t reduction,
+                           bool return_stats);
 using BackwardOp = Tensors3(const at::Tensor& grad_output, const at::Tensor& a, const at::Tensor& b,
                             const OptionalTensor& p, const OptionalTensor& mask, const OptionalTensor& weight,
-                            const OptionalTensor& q, const OptionalTensor& normalizer, const OptionalTensor& denominator,
-                            at::ArrayRef<double> numbers, int64_t reduction, bool need_a, bool need_b, bool need_p);
+                            const OptionalTensor& q, const OptionalTensor& normalizer,
+                            const OptionalTensor& denominator, at::ArrayRef<double> numbers, int64_t reduction,
+                            bool need_a, bool need_b, bool need_p);
 
 // What the public ops check before autograd hides who wants a gradient.
 void check_public(const Names& names, const Inputs& in);
@@ -92,9 +96,9 @@ Tensors3 forward_kernel(const at::Tensor& a, const at::Tensor& b, const Optional
 }
 
 template <class Op>
-Tensors3 backward_kernel(const at::Tensor& grad_output, const at::Tensor& a, const at::Tensor& b, const OptionalTensor& p,
-                         const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& q,
-                         const OptionalTensor& normalizer, const OptionalTensor& denominator,
+Tensors3 backward_kernel(const at::Tensor& grad_output, const at::Tensor& a, const at::Tensor& b,
+                         const OptionalTensor& p, const OptionalTensor& mask, const OptionalTensor& weight,
+                         const OptionalTensor& q, const OptionalTensor& normalizer, const OptionalTensor& denominator,
                          at::ArrayRef<double> numbers, int64_t reduction, bool need_a, bool need_b, bool need_p) {
   const Inputs in{a, b, p, mask, weight, q, normalizer, numbers, static_cast<Reduction>(reduction)};
   return backward(Op::names, Op::kernels(in.options()), in, grad_output, denominator, {need_a, need_b, need_p});
@@ -110,10 +114,10 @@ class PairLoss : public torch::autograd::Function<PairLoss<Op>> {
                            const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& q,
                            const OptionalTensor& normalizer, const Numbers& numbers, int64_t reduction,
                            bool return_stats) {
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(Op::forward_op, "").template typed<ForwardOp>();
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow(Op::forward_op, "").template typed<ForwardOp>();
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, stats, denominator] =
-        op.call(a, b, p, mask, weight, q, normalizer, numbers, reduction, return_stats);
+    auto [loss, stats, denominator] = op.call(a, b, p, mask, weight, q, normalizer, numbers, reduction, return_stats);
     const auto keep = [](const OptionalTensor& t) { return t.value_or(at::Tensor()); };
     ctx->save_for_backward({a, b, keep(p), keep(mask), keep(weight), keep(q), keep(normalizer), denominator});
     ctx->saved_data["numbers"] = std::vector<double>(numbers.begin(), numbers.end());
@@ -129,7 +133,8 @@ class PairLoss : public torch::autograd::Function<PairLoss<Op>> {
     if (!grad_outputs[0].defined()) return gradients;
     const auto saved = ctx->get_saved_variables();
     const auto optional = [&](int i) { return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt; };
-    const OptionalTensor p = optional(2), mask = optional(3), weight = optional(4), q = optional(5), normalizer = optional(6);
+    const OptionalTensor p = optional(2), mask = optional(3), weight = optional(4), q = optional(5),
+                         normalizer = optional(6);
     const std::vector<double> numbers = ctx->saved_data["numbers"].toDoubleVector();
     const int64_t reduction = ctx->saved_data["reduction"].toInt();
     const bool need_a = ctx->needs_input_grad(0), need_b = ctx->needs_input_grad(1);
@@ -139,10 +144,11 @@ class PairLoss : public torch::autograd::Function<PairLoss<Op>> {
       const Inputs in{saved[0], saved[1], p, mask, weight, q, normalizer, numbers, static_cast<Reduction>(reduction)};
       std::tie(gradients[0], gradients[1], gradients[2]) = Op::differentiable_backward(in, grad_outputs[0], saved[7]);
     } else {
-      static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(Op::backward_op, "").template typed<BackwardOp>();
+      static const auto op =
+          c10::Dispatcher::singleton().findSchemaOrThrow(Op::backward_op, "").template typed<BackwardOp>();
       std::tie(gradients[0], gradients[1], gradients[2]) =
-          op.call(grad_outputs[0], saved[0], saved[1], p, mask, weight, q, normalizer, saved[7], numbers, reduction, need_a,
-                  need_b, need_p);
+          op.call(grad_outputs[0], saved[0], saved[1], p, mask, weight, q, normalizer, saved[7], numbers, reduction,
+                  need_a, need_b, need_p);
     }
     if (!need_a) gradients[0] = at::Tensor();
     if (!need_b) gradients[1] = at::Tensor();
@@ -166,16 +172,16 @@ inline void check_number(const char* name, bool good, const char* expected, doub
 }  // namespace rewardfuse
 
 // The CUDA key is registered in every build: without CUDA kernels it says so by name.
-#define REWARDFUSE_REGISTER_PAIR_OP(Op, forward_name, backward_name)            \
-  TORCH_LIBRARY_IMPL(rewardfuse, CPU, m) {                                     \
-    m.impl(forward_name, &pairwise::forward_kernel<Op>);                       \
-    m.impl(backward_name, &pairwise::backward_kernel<Op>);                     \
-  }                                                                            \
-  TORCH_LIBRARY_IMPL(rewardfuse, CUDA, m) {                                    \
-    m.impl(forward_name, &pairwise::forward_kernel<Op>);                       \
-    m.impl(backward_name, &pairwise::backward_kernel<Op>);                     \
-  }                                                                            \
-  TORCH_LIBRARY_IMPL(rewardfuse, Meta, m) {                                    \
-    m.impl(forward_name, &pairwise::forward_kernel<Op>);                       \
-    m.impl(backward_name, &pairwise::backward_kernel<Op>);                     \
+#define REWARDFUSE_REGISTER_PAIR_OP(Op, forward_name, backward_name) \
+  TORCH_LIBRARY_IMPL(rewardfuse, CPU, m) {                           \
+    m.impl(forward_name, &pairwise::forward_kernel<Op>);             \
+    m.impl(backward_name, &pairwise::backward_kernel<Op>);           \
+  }                                                                  \
+  TORCH_LIBRARY_IMPL(rewardfuse, CUDA, m) {                          \
+    m.impl(forward_name, &pairwise::forward_kernel<Op>);             \
+    m.impl(backward_name, &pairwise::backward_kernel<Op>);           \
+  }                                                                  \
+  TORCH_LIBRARY_IMPL(rewardfuse, Meta, m) {                          \
+    m.impl(forward_name, &pairwise::forward_kernel<Op>);             \
+    m.impl(backward_name, &pairwise::backward_kernel<Op>);           \
   }

@@ -15,7 +15,9 @@ namespace rewardfuse {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-inline std::string dtype_name(const at::Tensor& t) { return "torch." + std::string(c10::getDtypeNames(t.scalar_type()).first); }
+inline std::string dtype_name(const at::Tensor& t) {
+  return "torch." + std::string(c10::getDtypeNames(t.scalar_type()).first);
+}
 
 inline bool present(const OptionalTensor& t) { return t.has_value() && t->defined(); }
 

@@ -15,16 +15,24 @@ void set_instruction_set(const std::string& name);  // throws std::invalid_argum
 
 // Declares the `Type name` that a cpu.cpp defines once for each instruction set, and `name_cpu()`, which picks one.
 #ifdef REWARDFUSE_X86_64
-#define RF_CPU_VARIANTS(Type, name)                                                                  \
-  namespace baseline { extern const Type name; }                                                     \
-  namespace avx2 { extern const Type name; }                                                         \
-  namespace avx512 { extern const Type name; }                                                       \
-  inline const Type& name##_cpu() {                                                                  \
-    static const Type* const variants[] = {&baseline::name, &avx2::name, &avx512::name};             \
-    return *variants[static_cast<int>(instruction_set())];                                           \
+#define RF_CPU_VARIANTS(Type, name)                                                      \
+  namespace baseline {                                                                   \
+  extern const Type name;                                                                \
+  }                                                                                      \
+  namespace avx2 {                                                                       \
+  extern const Type name;                                                                \
+  }                                                                                      \
+  namespace avx512 {                                                                     \
+  extern const Type name;                                                                \
+  }                                                                                      \
+  inline const Type& name##_cpu() {                                                      \
+    static const Type* const variants[] = {&baseline::name, &avx2::name, &avx512::name}; \
+    return *variants[static_cast<int>(instruction_set())];                               \
   }
 #else
-#define RF_CPU_VARIANTS(Type, name)                  \
-  namespace baseline { extern const Type name; }     \
+#define RF_CPU_VARIANTS(Type, name) \
+  namespace baseline {              \
+  extern const Type name;           \
+  }                                 \
   inline const Type& name##_cpu() { return baseline::name; }
 #endif

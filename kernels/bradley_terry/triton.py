@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from rewardfuse.kernels.pairwise import triton as pairwise
+from rewardfuse.kernels.pairwise.triton import exp_nonpositive, log1p_unit
 from torch import Tensor
 
 from rewardfuse import reference
-from rewardfuse.kernels.pairwise import triton as pairwise
-from rewardfuse.kernels.pairwise.triton import exp_nonpositive, log1p_unit
 
 
 @triton.jit

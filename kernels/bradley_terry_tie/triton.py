@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from rewardfuse.kernels.pairwise import triton as pairwise
 from rewardfuse.kernels.pairwise.triton import exp_nonpositive, log1p_unit
+from torch import Tensor
 
 
 @triton.jit
@@ -77,7 +76,12 @@ def _rao_kupper_gradient(first, second, log_tie, outcome, o0, o1, o2, TERMS: tl.
 @triton.jit
 def _davidson_weights(half, log_tie):
     largest = tl.maximum(tl.abs(half), log_tie)
-    return largest, exp_nonpositive(half - largest), exp_nonpositive(-half - largest), exp_nonpositive(log_tie - largest)
+    return (
+        largest,
+        exp_nonpositive(half - largest),
+        exp_nonpositive(-half - largest),
+        exp_nonpositive(log_tie - largest),
+    )
 
 
 @triton.jit
@@ -128,9 +132,7 @@ class _BradleyTerryTie(torch.autograd.Function):
                 "bradley_terry_tie_loss: a second derivative (create_graph=True) is not implemented"
             )
         first, second, log_tie, outcome, mask, weight, normalizer, denominator = ctx.saved_tensors
-        pairs = pairwise.Pairs(
-            first, second, log_tie, outcome, weight, mask, normalizer, ctx.numbers, ctx.reduction
-        )
+        pairs = pairwise.Pairs(first, second, log_tie, outcome, weight, mask, normalizer, ctx.numbers, ctx.reduction)
         needs = ctx.needs_input_grad[:3]
         return (*pairwise.backward(pairs, _GRADIENTS[ctx.model], grad_loss, denominator, needs), *[None] * 7)
 

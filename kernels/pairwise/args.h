@@ -1,4 +1,5 @@
-// What every kernel on pairs of rewards is told: bradley_terry (chosen, rejected) and bradley_terry_tie (first, second).
+// What every kernel on pairs of rewards is told: bradley_terry (chosen, rejected) and bradley_terry_tie (first,
+// second).
 //
 // A model of a pair has rewards a and b, one parameter p that may want a gradient (margin, log_tie) and one observation
 // q (target, outcome). Its kernels here are the two skeletons of cpu.h and cuda.cuh around the scalar maths of the op's

@@ -153,9 +153,8 @@ void backward_range(const Problem& problem, const Gradients& out, int64_t begin,
     grad_p = x.counted ? scale * grad_p : zero;
     sum_p += grad_p;
     if (out.p == nullptr) return;
-    with_storage(out.p_dtype, [&](auto storage) {
-      store_as(static_cast<decltype(storage)*>(out.p) + item, grad_p, count);
-    });
+    with_storage(out.p_dtype,
+                 [&](auto storage) { store_as(static_cast<decltype(storage)*>(out.p) + item, grad_p, count); });
   };
   for_each_register<T>(problem.plane, begin, end, body);
   totals.grad_p = sum_lanes(sum_p);
@@ -187,7 +186,8 @@ void backward(const Problem& problem, const Gradients& out, int64_t begin, int64
   with_rewards(problem.dtype, [&](auto acc, auto storage) {
     using T = decltype(acc);
     using S = decltype(storage);
-    const auto range = is_plain(problem) ? &backward_range<Model<T>, T, S, true> : &backward_range<Model<T>, T, S, false>;
+    const auto range =
+        is_plain(problem) ? &backward_range<Model<T>, T, S, true> : &backward_range<Model<T>, T, S, false>;
     range(problem, out, begin, end, totals);
   });
 }

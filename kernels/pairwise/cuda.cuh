@@ -1,7 +1,8 @@
 // The kernels of every op on pairs on CUDA devices, around the maths of the op's math.h.
 //
 // Decomposition: one launch each way; a grid that fills the device strides over the pairs.
-// Where both rewards are contiguous and aligned a thread takes 16 bytes of each at a time, else single pairs.
+// Where both rewards are contiguous and aligned and nothing else differs from pair to pair ("plain"), a thread takes 16
+// bytes of each at a time; else single pairs. (Four pairs with four operands of any dtype each would spill.)
 // Traffic, float32: forward reads 8 bytes a pair; backward reads 8 and writes 8; masks, weights and the like on top
 // where they are whole tensors. Launch and reduction (reduce.cuh) add no pass over memory.
 // Precision: float32 maths for 16-bit and float32 rewards, float64 for float64. A thread adds the few pairs of one
@@ -31,13 +32,32 @@ struct Pair {
   bool valid, counted;
 };
 
-template <class T>
-__device__ __forceinline__ Pair<T> finish_pair(const Problem& problem, int64_t row, int64_t column, T a, T b) {
-  Pair<T> x{a, b, load<T>(problem.p, row, column), load<T>(problem.q, row, column), load<T>(problem.weight, row, column)};
-  x.valid = load<T>(problem.mask, row, column) != T(0);
-  x.counted = x.valid && x.weight != T(0);
-  return x;
-}
+// What completes a pair of rewards: read for each pair, or once where the problem is plain.
+template <class T, bool plain>
+struct PairSource {
+  const Problem& problem;
+  T p = 0, q = 0, weight = 0;
+
+  __device__ __forceinline__ explicit PairSource(const Problem& problem) : problem(problem) {
+    if constexpr (plain) {
+      p = load<T>(problem.p, 0, 0);
+      q = load<T>(problem.q, 0, 0);
+      weight = load<T>(problem.weight, 0, 0);
+    }
+  }
+
+  __device__ __forceinline__ Pair<T> operator()(int64_t row, int64_t column, T a, T b) const {
+    if constexpr (plain) {
+      return {a, b, p, q, weight, true, weight != T(0)};
+    } else {
+      Pair<T> x{a, b, load<T>(problem.p, row, column), load<T>(problem.q, row, column),
+                load<T>(problem.weight, row, column)};
+      x.valid = load<T>(problem.mask, row, column) != T(0);
+      x.counted = x.valid && x.weight != T(0);
+      return x;
+    }
+  }
+};
 
 // Calls f(row, column, item, a, b, width) for this thread's share of the pairs: with kWidth pairs at a time as arrays,
 // or with one.
@@ -92,7 +112,8 @@ __device__ __forceinline__ double normalizer_or(const Operand& normalizer, doubl
 }
 
 template <class T>
-__device__ __forceinline__ void write_results(const Problem& problem, const CudaForward& out, const double (&sums)[kSums]) {
+__device__ __forceinline__ void write_results(const Problem& problem, const CudaForward& out,
+                                              const double (&sums)[kSums]) {
   const auto mean = [](double sum, double count) { return count > 0 ? sum / count : count == 0 ? 0 : count; };
   T* loss = static_cast<T*>(out.loss);
   if (out.reduction == Reduction::kSum) *loss = static_cast<T>(sums[kLoss]);
@@ -113,93 +134,108 @@ __device__ __forceinline__ void write_results(const Problem& problem, const Cuda
 
 template <class Model, class T, class S, int kWidth>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
-    forward_kernel(const __grid_constant__ Problem problem, const __grid_constant__ CudaForward out, GridScratch scratch) {
+    forward_kernel(const __grid_constant__ Problem problem, const __grid_constant__ CudaForward out,
+                   GridScratch scratch) {
   const Model model(problem.options);
+  const PairSource<T, (kWidth > 1)> source(problem);
   double sums[kSums] = {};
-  for_each_access<T, S, kWidth>(problem, [&](int64_t row, int64_t column, int64_t item, const T* a, const T* b, int width) {
-    T loss = 0, sum_a = 0, sum_b = 0;
-    int valid = 0, counted = 0, correct = 0, ties = 0;
+  for_each_access<T, S, kWidth>(
+      problem, [&](int64_t row, int64_t column, int64_t item, const T* a, const T* b, int width) {
+        T loss = 0, sum_a = 0, sum_b = 0;
+        int valid = 0, counted = 0, correct = 0, ties = 0;
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      if (j >= width) break;
-      const Pair<T> x = finish_pair(problem, row, column + j, a[j], b[j]);
-      T value = 0;
-      if (x.counted) {
-        value = model.invalid(x.p, x.q) ? T(nan("")) : x.weight * model.loss(x.a, x.b, x.p, x.q);
-        correct += x.a > x.b;
-        ties += x.a == x.b;
-        sum_a += x.a;
-        sum_b += x.b;
-      }
-      valid += x.valid;
-      counted += x.counted;
-      loss += value;
-      if (out.reduction == Reduction::kNone) static_cast<T*>(out.loss)[item + j] = value;
-    }
-    sums[kLoss] += loss;
-    sums[kValid] += valid;
-    if (problem.wants_stats) {
-      sums[kCounted] += counted;
-      sums[kCorrect] += correct;
-      sums[kTies] += ties;
-      sums[kA] += sum_a;
-      sums[kB] += sum_b;
-    }
-  });
+        for (int j = 0; j < kWidth; ++j) {
+          if (j >= width) break;
+          const Pair<T> x = source(row, column + j, a[j], b[j]);
+          T value = 0;
+          if (x.counted) {
+            value = model.invalid(x.p, x.q) ? T(nan("")) : x.weight * model.loss(x.a, x.b, x.p, x.q);
+            correct += x.a > x.b;
+            ties += x.a == x.b;
+            sum_a += x.a;
+            sum_b += x.b;
+          }
+          valid += x.valid;
+          counted += x.counted;
+          loss += value;
+          if (out.reduction == Reduction::kNone) static_cast<T*>(out.loss)[item + j] = value;
+        }
+        sums[kLoss] += loss;
+        sums[kValid] += valid;
+        if (problem.wants_stats) {
+          sums[kCounted] += counted;
+          sums[kCorrect] += correct;
+          sums[kTies] += ties;
+          sums[kA] += sum_a;
+          sums[kB] += sum_b;
+        }
+      });
   if (out.reduction == Reduction::kNone && !problem.wants_stats) return;
   if (grid_sum(sums, scratch)) write_results<T>(problem, out, sums);
 }
 
 template <class Model, class T, class S, int kWidth>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
-    backward_kernel(const __grid_constant__ Problem problem, const __grid_constant__ Gradients out, GridScratch scratch) {
+    backward_kernel(const __grid_constant__ Problem problem, const __grid_constant__ Gradients out,
+                    GridScratch scratch) {
   const Model model(problem.options);
   double scale = out.scale;
   if (out.denominator) scale = *out.denominator > 0 ? 1 / *out.denominator : 0;
   scale /= normalizer_or(out.normalizer, 1);
+  const PairSource<T, (kWidth > 1)> source(problem);
   double sums[1] = {0};
-  for_each_access<T, S, kWidth>(problem, [&](int64_t row, int64_t column, int64_t item, const T* a, const T* b, int width) {
-    Vector<S, kWidth> grad_a, grad_b;
-    T sum_p = 0;
+  for_each_access<T, S, kWidth>(
+      problem, [&](int64_t row, int64_t column, int64_t item, const T* a, const T* b, int width) {
+        Vector<S, kWidth> grad_a, grad_b;
+        T sum_p = 0;
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      T d_a = 0, d_b = 0, d_p = 0;
-      if (j < width) {
-        const Pair<T> x = finish_pair(problem, row, column + j, a[j], b[j]);
-        if (x.counted) {
-          T factor = load<T>(out.grad_output, row, column + j) * static_cast<T>(scale) * x.weight;
-          if (model.invalid(x.p, x.q)) factor = T(nan(""));
-          model.gradient(x.a, x.b, x.p, x.q, d_a, d_b, d_p);
-          d_a *= factor;
-          d_b *= factor;
-          d_p *= factor;
+        for (int j = 0; j < kWidth; ++j) {
+          T d_a = 0, d_b = 0, d_p = 0;
+          if (j < width) {
+            const Pair<T> x = source(row, column + j, a[j], b[j]);
+            if (x.counted) {
+              T factor = load<T>(out.grad_output, row, column + j) * static_cast<T>(scale) * x.weight;
+              if (model.invalid(x.p, x.q)) factor = T(nan(""));
+              model.gradient(x.a, x.b, x.p, x.q, d_a, d_b, d_p);
+              d_a *= factor;
+              d_b *= factor;
+              d_p *= factor;
+            }
+            if (out.p) store(out.p, out.p_dtype, item + j, d_p);
+          }
+          sum_p += d_p;
+          grad_a.item[j] = narrow<S>(d_a);
+          grad_b.item[j] = narrow<S>(d_b);
         }
-        if (out.p) store(out.p, out.p_dtype, item + j, d_p);
-      }
-      sum_p += d_p;
-      grad_a.item[j] = narrow<S>(d_a);
-      grad_b.item[j] = narrow<S>(d_b);
-    }
-    sums[0] += sum_p;
-    S* to_a = static_cast<S*>(out.a);
-    S* to_b = static_cast<S*>(out.b);
-    if (width == kWidth) {
-      if (to_a) *reinterpret_cast<Vector<S, kWidth>*>(to_a + item) = grad_a;
-      if (to_b) *reinterpret_cast<Vector<S, kWidth>*>(to_b + item) = grad_b;
-    } else {
+        sums[0] += sum_p;
+        S* to_a = static_cast<S*>(out.a);
+        S* to_b = static_cast<S*>(out.b);
+        if (width == kWidth) {
+          if (to_a) *reinterpret_cast<Vector<S, kWidth>*>(to_a + item) = grad_a;
+          if (to_b) *reinterpret_cast<Vector<S, kWidth>*>(to_b + item) = grad_b;
+        } else {
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        if (j < width && to_a) to_a[item + j] = grad_a.item[j];
-        if (j < width && to_b) to_b[item + j] = grad_b.item[j];
-      }
-    }
-  });
+          for (int j = 0; j < kWidth; ++j) {
+            if (j < width && to_a) to_a[item + j] = grad_a.item[j];
+            if (j < width && to_b) to_b[item + j] = grad_b.item[j];
+          }
+        }
+      });
   if (out.sum_p && grid_sum(sums, scratch)) store(out.p_total, out.p_dtype, 0, sums[0]);
 }
 
 inline bool is_packed(const Problem& problem, const Operand& operand) {
   return problem.plane.inner == problem.plane.items && operand.inner_stride == 1 &&
          reinterpret_cast<uintptr_t>(operand.data) % 16 == 0;
+}
+
+inline bool is_number(const Operand& operand) {
+  return operand.data == nullptr || (operand.outer_stride == 0 && operand.inner_stride == 0);
+}
+
+inline bool is_plain(const Problem& problem) {
+  return is_packed(problem, problem.a) && is_packed(problem, problem.b) && is_number(problem.p) &&
+         is_number(problem.q) && is_number(problem.weight) && problem.mask.data == nullptr;
 }
 
 template <class F>
@@ -219,9 +255,8 @@ void forward(const Problem& problem, const CudaForward& out, const CudaLaunch& l
   with_rewards(problem.dtype, [&](auto acc, auto storage) {
     using T = decltype(acc);
     using S = decltype(storage);
-    const auto kernel = is_packed(problem, problem.a) && is_packed(problem, problem.b)
-                            ? &forward_kernel<Model<T>, T, S, 16 / sizeof(S)>
-                            : &forward_kernel<Model<T>, T, S, 1>;
+    const auto kernel =
+        is_plain(problem) ? &forward_kernel<Model<T>, T, S, 16 / sizeof(S)> : &forward_kernel<Model<T>, T, S, 1>;
     kernel<<<launch.blocks, kThreads, 0, stream>>>(problem, out, scratch);
   });
 }
@@ -233,9 +268,8 @@ void backward(const Problem& problem, const Gradients& out, const CudaLaunch& la
   with_rewards(problem.dtype, [&](auto acc, auto storage) {
     using T = decltype(acc);
     using S = decltype(storage);
-    const auto kernel = is_packed(problem, problem.a) && is_packed(problem, problem.b)
-                            ? &backward_kernel<Model<T>, T, S, 16 / sizeof(S)>
-                            : &backward_kernel<Model<T>, T, S, 1>;
+    const auto kernel =
+        is_plain(problem) ? &backward_kernel<Model<T>, T, S, 16 / sizeof(S)> : &backward_kernel<Model<T>, T, S, 1>;
     kernel<<<launch.blocks, kThreads, 0, stream>>>(problem, out, scratch);
   });
 }

@@ -21,7 +21,8 @@ from torch import Tensor
 from rewardfuse.ops._checks import REDUCTIONS
 
 NONE, SUM, MEAN = (tl.constexpr(REDUCTIONS[name]) for name in ("none", "sum", "mean"))
-BLOCK = 1024
+BLOCK = 512
+WARPS = 8  # four would spill under float64
 SUMS = tl.constexpr(8)  # partial sums a program may leave
 
 
@@ -409,7 +410,9 @@ def forward(pairs: Pairs, loss_function: object, return_stats: bool) -> tuple[Te
     tensors, constants = pairs.arguments()
     grid, scratch = _grid(pairs.a, tensors["items"])
     outputs = {"loss": loss, "stats": stats, "denominator": denominator}
-    forward_kernel[grid](**tensors, **outputs, **constants, **scratch, LOSS=loss_function, STATS=return_stats)
+    forward_kernel[grid](
+        **tensors, **outputs, **constants, **scratch, LOSS=loss_function, STATS=return_stats, num_warps=WARPS
+    )
     return loss, stats, denominator
 
 
@@ -431,6 +434,13 @@ def backward(
     flags = {"NEED_A": needs[0], "NEED_B": needs[1], "NEED_P": needs[2]}
     flags["SUM_P"] = bool(needs[2]) and pairs.p.dim() == 0
     backward_kernel[grid](
-        **tensors, **outputs, **constants, **scratch, **flags, denominator=denominator, GRADIENT=gradient_function
+        **tensors,
+        **outputs,
+        **constants,
+        **scratch,
+        **flags,
+        denominator=denominator,
+        GRADIENT=gradient_function,
+        num_warps=WARPS,
     )
     return gradients

@@ -38,7 +38,9 @@ def native_missing(device_type: str) -> str | None:
             from rewardfuse._build import NATIVE_REASON
         except ImportError:
             return f"rewardfuse was not installed, only imported ({_native_error})"
-        return f"the C++ extension failed to load: {_native_error}" if NATIVE_REASON.startswith("built") else NATIVE_REASON
+        return (
+            f"the C++ extension failed to load: {_native_error}" if NATIVE_REASON.startswith("built") else NATIVE_REASON
+        )
     if device_type == "cpu" or (device_type == "cuda" and _C.has_cuda):
         return None
     if device_type == "cuda":
@@ -108,7 +110,11 @@ def namespace_for(tensor: torch.Tensor) -> Any:
     namespace = _chosen.get(device_type)
     if namespace is None:
         # Meta tensors have no data: every backend gives the same shapes, and the reference needs no kernels.
-        name = "reference" if device_type == "meta" and _C is None else choose("cpu" if device_type == "meta" else device_type)
+        name = (
+            "reference"
+            if device_type == "meta" and _C is None
+            else choose("cpu" if device_type == "meta" else device_type)
+        )
         namespace = _namespace(name)
         _chosen[device_type] = namespace
     return torch.ops.rewardfuse if namespace is _C and torch.compiler.is_compiling() else namespace

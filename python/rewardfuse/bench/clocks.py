@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 Step = Callable[[], Any]
-SAMPLE_SECONDS = 1e-3
+SAMPLE_SECONDS = 2e-3
 
 
 class Clock(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ def contestants(
     line: Callable[..., Any],
     tensors: Sequence[Tensor],
 ) -> tuple[list[Contestant], dict[str, str]]:
-    """The contestants of a case, the backend that users get first, and why others are left out.
+    """The contestants of a case, the backend that users get first, and why others are left out. Each has run once.
 
     Args:
         device: of the tensors.
@@ -41,20 +42,32 @@ def contestants(
         tensors: the arguments.
     """
     chosen = rewardfuse.backend(device)
-    racing, left_out = [], {}
+    entries, left_out = [], {}
     for name in sorted(_backend.BACKENDS, key=lambda name: name != chosen):
         reason = _backend.missing(name, device.type)
         if name == "triton" and device.type == "cpu":
             reason = "compiles for GPUs; on CPU it is interpreted, for tests"
         if reason is None:
-            racing.append(Contestant(name, bind(ours, tensors), partial(rewardfuse.use_backend, name)))
+            entries.append((name, ours, partial(rewardfuse.use_backend, name)))
         else:
             left_out[name] = reason
-    racing.append(Contestant("torch", bind(line, tensors)))
-    try:
-        racing.append(Contestant("torch.compile", _compiled(line, tensors, threads)))
-    except RuntimeError as error:  # no C++ compiler, or no Triton
-        left_out["torch.compile"] = str(error).strip().splitlines()[0]
+    torch.compiler.reset()  # else the code of the cases before is looked through at every call
+    compiled = torch.compile(line, dynamic=False)
+    entries += [("torch", line, contextlib.nullcontext), ("torch.compile", compiled, contextlib.nullcontext)]
+    racing = []
+    for name, function, scope in entries:
+        try:
+            with torch_threads(threads), scope():
+                forward = bind(function, tensors)
+                forward().backward()
+        except RuntimeError as error:  # no C++ compiler, no Triton, or not enough memory
+            if name == chosen:
+                raise
+            left_out[name] = str(error).strip().splitlines()[0]
+        else:
+            racing.append(Contestant(name, forward, scope))
+        for tensor in tensors:
+            tensor.grad = None
     return racing, left_out
 
 
@@ -63,13 +76,3 @@ def bind(function: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[]
     if isinstance(function(*tensors), tuple):
         return lambda: function(*tensors)[0]
     return lambda: function(*tensors)
-
-
-def _compiled(line: Callable[..., Any], tensors: Sequence[Tensor], threads: int | None) -> Callable[[], Tensor]:
-    torch.compiler.reset()  # else the code of the cases before is looked through at every call
-    with torch_threads(threads):
-        forward = bind(torch.compile(line, dynamic=False), tensors)
-        forward().backward()  # compiles the backward pass
-    for tensor in tensors:
-        tensor.grad = None
-    return forward

@@ -1,7 +1,7 @@
 """Timing: contestants take turns on the same tensors, so that what slows the machine down hits all of them alike.
 
 In each round every contestant gives one sample, and the order turns by one from round to round. A sample is the mean
-of as many steps as fill a millisecond (on the device clock, one step). A ratio is the median over rounds of ours /
+of as many steps as fill two milliseconds (on the device clock, one step). A ratio is the median over rounds of ours /
 theirs in that round, which noise that lasts longer than a round cancels out of.
 """
 

@@ -182,7 +182,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set(
         xscale="log", ylim=(position, -1), xlabel="peer's time / this library's time, forward + backward (log scale)"
     )
-    axes.set_xlim(min(ends), max(ends) * 2)
+    axes.set_xlim(min(ends) * (0.8 if min(ends) < 1 else 1), max(ends) * 2)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
@@ -218,4 +218,5 @@ def _bar(axes: Any, position: int, peer: str, ratio: dict[str, Any]) -> None:
     if "reach" in ratio:
         axes.plot([1 / ratio["reach"]] * 2, [position - 0.45, position + 0.45], color="black", lw=2)
         text += f"  (target {1 / ratio['reach']:.2f}×, {MARK[ratio['reached']]})"
+        end = max(end, 1 / ratio["reach"])
     axes.annotate(text, (end, position), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")

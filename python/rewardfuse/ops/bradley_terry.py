@@ -230,7 +230,9 @@ def _check(
         _check_values(chosen, mask, weight, weight_value, target)
 
 
-def _check_values(chosen: Tensor, mask: Tensor | None, weight: Tensor | None, weight_value: float, target: Tensor | None):
+def _check_values(
+    chosen: Tensor, mask: Tensor | None, weight: Tensor | None, weight_value: float, target: Tensor | None
+):
     if target is not None:
         counted = _checks.counted_items(chosen, mask, weight, weight_value)
         _checks.check_values("target", target, (target >= 0) & (target <= 1), counted, "values from 0 to 1")
