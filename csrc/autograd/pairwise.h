@@ -144,6 +144,7 @@ class PairLoss : public torch::autograd::Function<PairLoss<Op>> {
       const Inputs in{saved[0], saved[1], p, mask, weight, q, normalizer, numbers, static_cast<Reduction>(reduction)};
       std::tie(gradients[0], gradients[1], gradients[2]) = Op::differentiable_backward(in, grad_outputs[0], saved[7]);
     } else {
+      at::AutoDispatchBelowADInplaceOrView guard;
       static const auto op =
           c10::Dispatcher::singleton().findSchemaOrThrow(Op::backward_op, "").template typed<BackwardOp>();
       std::tie(gradients[0], gradients[1], gradients[2]) =

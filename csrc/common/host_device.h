@@ -37,9 +37,8 @@ RF_HD double log_nonnegative(double x) { return log(x); }
 RF_HD float log1p_unit(float x) { return log1pf(x); }
 RF_HD double log1p_unit(double x) { return log1p(x); }
 
-template <class V>
-RF_HD V magnitude(V x) {
-  return x < 0.0f ? -x : x;
-}
+// |x|.
+RF_HD float magnitude(float x) { return fabsf(x); }
+RF_HD double magnitude(double x) { return fabs(x); }
 
 }  // namespace rewardfuse::REWARDFUSE_TARGET

@@ -12,47 +12,66 @@ struct BFloat16 {
   uint16_t bits;
 };
 struct Bool {
-  uint8_t byte;
+  uint8_t bits;
 };
 
-RF_HD float from_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+// What a storage type is in memory, and a register's worth of it for `lanes` lanes.
+template <class S>
+struct Raw {
+  using type = S;
+};
+template <>
+struct Raw<Half> {
+  using type = uint16_t;
+};
+template <>
+struct Raw<BFloat16> {
+  using type = uint16_t;
+};
+template <>
+struct Raw<Bool> {
+  using type = uint8_t;
+};
+template <class T, int lanes>
+struct Packed {
+  typedef T type __attribute__((vector_size(sizeof(T) * lanes)));
+};
 
-template <class T, class S>
-RF_HD T widen(S x) {
+template <class S, int lanes>
+RF_HD typename Packed<float, lanes>::type widen_16_bit(typename Packed<uint16_t, lanes>::type raw) {
+  using Float = typename Packed<float, lanes>::type;
+  using Bits = typename Packed<uint32_t, lanes>::type;
+  const Bits bits = __builtin_convertvector(raw, Bits);
   if constexpr (std::is_same_v<S, BFloat16>) {
-    return from_bits(uint32_t(x.bits) << 16);
-  } else if constexpr (std::is_same_v<S, Half>) {
-    // The product with 2^112 rebases the exponent and normalizes subnormals; inf and NaN get float's exponent.
-    const float rebased = from_bits(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
-    const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
-    return from_bits(__builtin_bit_cast(uint32_t, rebased) | special | uint32_t(x.bits & 0x8000) << 16);
-  } else if constexpr (std::is_same_v<S, Bool>) {
-    return T(x.byte != 0);
+    return (Float)(bits << 16);
   } else {
-    return T(x);
+    // The product with 2^112 rebases the exponent and normalizes subnormals; inf and NaN get float's exponent.
+    const Bits rebased = (Bits)((Float)((bits & 0x7fffu) << 13) * 0x1p112f);
+    const Bits special = (bits & 0x7c00u) == 0x7c00u ? Bits{} + 0x7f800000u : Bits{};
+    return (Float)(rebased | special | ((bits & 0x8000u) << 16));
   }
 }
 
 // Round to nearest, ties to even; NaN stays NaN.
-template <class S, class T>
-RF_HD S narrow(T x) {
+template <class S, int lanes>
+RF_HD typename Packed<uint16_t, lanes>::type narrow_16_bit(typename Packed<float, lanes>::type x) {
+  using Float = typename Packed<float, lanes>::type;
+  using Bits = typename Packed<uint32_t, lanes>::type;
+  const Bits bits = (Bits)x, size = bits & 0x7fffffffu;
+  Bits out;
   if constexpr (std::is_same_v<S, BFloat16>) {
-    const uint32_t bits = __builtin_bit_cast(uint32_t, float(x));
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return {uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
-  } else if constexpr (std::is_same_v<S, Half>) {
-    const uint32_t bits = __builtin_bit_cast(uint32_t, float(x));
-    const uint32_t magnitude_bits = bits & 0x7fffffff;
-    const uint32_t normal = (magnitude_bits - 0x38000000 + 0xfff + (magnitude_bits >> 13 & 1)) >> 13;
-    // Adding 0.5 puts a subnormal half's bits at the bottom of the mantissa, rounded by the addition itself.
-    const uint32_t subnormal = __builtin_bit_cast(uint32_t, from_bits(magnitude_bits) + 0.5f) - 0x3f000000;
-    uint32_t half = magnitude_bits < 0x38800000 ? subnormal : normal;
-    half = magnitude_bits >= 0x477ff000 ? 0x7c00 : half;
-    half = magnitude_bits > 0x7f800000 ? 0x7e00 : half;
-    return {uint16_t(half | (bits >> 16 & 0x8000))};
+    out = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    out = size > 0x7f800000u ? Bits{} + 0x7fc0u : out;
   } else {
-    return S(x);
+    const Bits normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+    // Adding 0.5 puts a subnormal half's bits at the bottom of the mantissa, rounded by the addition itself.
+    const Bits subnormal = (Bits)((Float)size + 0.5f) - 0x3f000000u;
+    out = size < 0x38800000u ? subnormal : normal;
+    out = size >= 0x477ff000u ? Bits{} + 0x7c00u : out;
+    out = size > 0x7f800000u ? Bits{} + 0x7e00u : out;
+    out |= (bits >> 16) & 0x8000u;
   }
+  return __builtin_convertvector(out, typename Packed<uint16_t, lanes>::type);
 }
 
 // `count` items from `p` on, `stride` apart; lanes beyond `count` are 0 and their memory is not touched.
@@ -60,34 +79,41 @@ template <class V, class S>
 RF_HD V load_as(const S* p, int64_t stride, int64_t count) {
   using T = lane_t<V>;
   constexpr int lanes = Lanes<T>::count;
-  V out{};
-  if (stride == 0) return broadcast<T>(widen<T>(*p));
+  using R = typename Raw<S>::type;
+  typename Packed<R, lanes>::type raw{};
+  const R* from = reinterpret_cast<const R*>(p);
   if (count >= lanes && stride == 1) {
-    if constexpr (std::is_same_v<S, T>) {
-      __builtin_memcpy(&out, p, sizeof(out));
-    } else {
-      for (int j = 0; j < lanes; ++j) out[j] = widen<T>(p[j]);
-    }
-  } else if (count >= lanes) {
-    for (int j = 0; j < lanes; ++j) out[j] = widen<T>(p[j * stride]);
+    __builtin_memcpy(&raw, from, sizeof(raw));
   } else {
-    for (int j = 0; j < count; ++j) out[j] = widen<T>(p[j * stride]);
+    for (int j = 0; j < lanes; ++j) {
+      if (j < count) raw[j] = from[j * stride];
+    }
   }
-  return out;
+  if constexpr (std::is_same_v<S, Half> || std::is_same_v<S, BFloat16>) {
+    return __builtin_convertvector((widen_16_bit<S, lanes>(raw)), V);
+  } else if constexpr (std::is_same_v<S, Bool>) {
+    return __builtin_convertvector((raw != 0) & 1, V);
+  } else {
+    return __builtin_convertvector(raw, V);
+  }
 }
 
 template <class S, class V>
 RF_HD void store_as(S* p, V x, int64_t count) {
   using T = lane_t<V>;
   constexpr int lanes = Lanes<T>::count;
-  if (count >= lanes) {
-    if constexpr (std::is_same_v<S, T>) {
-      __builtin_memcpy(p, &x, sizeof(x));
-    } else {
-      for (int j = 0; j < lanes; ++j) p[j] = narrow<S>(x[j]);
-    }
+  using R = typename Raw<S>::type;
+  typename Packed<R, lanes>::type raw;
+  if constexpr (std::is_same_v<S, Half> || std::is_same_v<S, BFloat16>) {
+    raw = narrow_16_bit<S, lanes>(__builtin_convertvector(x, typename Packed<float, lanes>::type));
   } else {
-    for (int j = 0; j < count; ++j) p[j] = narrow<S>(x[j]);
+    raw = __builtin_convertvector(x, typename Packed<R, lanes>::type);
+  }
+  R* to = reinterpret_cast<R*>(p);
+  if (count >= lanes) {
+    __builtin_memcpy(to, &raw, sizeof(raw));
+  } else {
+    for (int j = 0; j < count; ++j) to[j] = raw[j];
   }
 }
 

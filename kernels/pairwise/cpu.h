@@ -30,18 +30,21 @@ RF_HD bool is_number(const Operand& operand) {
   return operand.data == nullptr || (operand.outer_stride == 0 && operand.inner_stride == 0);
 }
 
-// No mask, no zero weight, and p, q, weight the same for every pair: what does not change leaves the loop.
+// Contiguous rewards, no mask, and p, q, weight the same for every pair: the loop is loads and maths alone.
 RF_HD bool is_plain(const Problem& problem) {
-  return problem.mask.data == nullptr && problem.weight.data == nullptr && problem.weight.value != 0 &&
+  return problem.plane.inner == problem.plane.items && problem.a.inner_stride == 1 && problem.b.inner_stride == 1 &&
+         problem.mask.data == nullptr && problem.weight.data == nullptr && problem.weight.value != 0 &&
          is_number(problem.p) && is_number(problem.q);
 }
 
 template <class V, class S, bool plain>
 struct PairSource {
   const Problem& problem;
+  const S *a, *b;
   V p{}, q{}, weight{};
 
-  RF_HD explicit PairSource(const Problem& problem) : problem(problem) {
+  RF_HD explicit PairSource(const Problem& problem)
+      : problem(problem), a(static_cast<const S*>(problem.a.data)), b(static_cast<const S*>(problem.b.data)) {
     if constexpr (plain) {
       p = load<V>(problem.p, 0, 0, 1);
       q = load<V>(problem.q, 0, 0, 1);
@@ -49,15 +52,15 @@ struct PairSource {
     }
   }
 
-  RF_HD V scores(const Operand& operand, int64_t row, int64_t column, int64_t count) const {
-    const int64_t offset = row * operand.outer_stride + column * operand.inner_stride;
-    return load_as<V>(static_cast<const S*>(operand.data) + offset, operand.inner_stride, count);
+  RF_HD V scores(const S* from, const Operand& operand, int64_t row, int64_t column, int64_t count) const {
+    if constexpr (plain) return load_as<V>(from + column, 1, count);
+    return load_as<V>(from + row * operand.outer_stride + column * operand.inner_stride, operand.inner_stride, count);
   }
 
   RF_HD Pairs<V> operator()(int64_t row, int64_t column, int64_t count) const {
     Pairs<V> pairs;
-    pairs.a = scores(problem.a, row, column, count);
-    pairs.b = scores(problem.b, row, column, count);
+    pairs.a = scores(a, problem.a, row, column, count);
+    pairs.b = scores(b, problem.b, row, column, count);
     pairs.valid = first_lanes<lane_t<V>>(count);
     if constexpr (plain) {
       pairs.p = p;
@@ -101,17 +104,19 @@ void forward_range(const Problem& problem, int64_t begin, int64_t end, T* loss, 
   V sum{}, valid{}, counted{}, correct{}, ties{}, a{}, b{}, invalid{};
   const auto body = [&](int64_t row, int64_t column, int64_t item, auto count) __attribute__((always_inline)) {
     const Pairs<V> x = source(row, column, count);
-    const auto bad = model.invalid(x.p, x.q);
-    V value = x.weight * model.loss(x.a, x.b, x.p, x.q);
-    value = bad ? broadcast(T(__builtin_nan(""))) : value;
-    value = x.counted ? value : zero;
-    if (loss) store_as(loss + item, value, count);
-    sum += value;
-    if constexpr (!plain) {
-      valid += x.valid ? one : zero;
-      counted += x.counted ? one : zero;
-      invalid += x.counted & bad ? one : zero;
+    V value = model.loss(x.a, x.b, x.p, x.q);
+    if constexpr (plain) {
+      sum += x.counted ? value : zero;
+      return;
     }
+    const auto bad = model.invalid(x.p, x.q);
+    value = bad ? broadcast(T(__builtin_nan(""))) : x.weight * value;
+    value = x.counted ? value : zero;
+    sum += value;
+    if (loss) store_as(loss + item, value, count);
+    valid += x.valid ? one : zero;
+    counted += x.counted ? one : zero;
+    invalid += x.counted & bad ? one : zero;
     if (problem.wants_stats) {
       correct += x.counted & (x.a > x.b) ? one : zero;
       ties += x.counted & (x.a == x.b) ? one : zero;
@@ -120,7 +125,7 @@ void forward_range(const Problem& problem, int64_t begin, int64_t end, T* loss, 
     }
   };
   for_each_register<T>(problem.plane, begin, end, body);
-  totals.loss = sum_lanes(sum);
+  totals.loss = sum_lanes(sum) * (plain ? source.weight[0] : 1);
   totals.valid = plain ? end - begin : sum_lanes(valid);
   totals.counted = plain ? end - begin : sum_lanes(counted);
   totals.correct = sum_lanes(correct);
@@ -138,18 +143,24 @@ void backward_range(const Problem& problem, const Gradients& out, int64_t begin,
   const V zero{};
   const bool one_grad_output = is_number(out.grad_output);
   const V grad_output = load<V>(out.grad_output, 0, 0, 1) * T(out.scale);
+  S* const to_a = static_cast<S*>(out.a);
+  S* const to_b = static_cast<S*>(out.b);
+  const V plain_scale =
+      model.invalid(source.p, source.q) ? broadcast(T(__builtin_nan(""))) : grad_output * source.weight;
   V sum_p{};
   const auto body = [&](int64_t row, int64_t column, int64_t item, auto count) __attribute__((always_inline)) {
     const Pairs<V> x = source(row, column, count);
-    const auto bad = model.invalid(x.p, x.q);
-    V scale = one_grad_output ? grad_output : load<V>(out.grad_output, row, column, count) * T(out.scale);
-    scale *= x.weight;
-    scale = bad ? broadcast(T(__builtin_nan(""))) : scale;
+    V scale = plain_scale;
+    if constexpr (!plain) {
+      scale = grad_output;
+      if (!one_grad_output) scale = load<V>(out.grad_output, row, column, count) * T(out.scale);
+      scale = model.invalid(x.p, x.q) ? broadcast(T(__builtin_nan(""))) : scale * x.weight;
+    }
     V grad_a, grad_b, grad_p;
     model.gradient(x.a, x.b, x.p, x.q, grad_a, grad_b, grad_p);
-    if (out.a) store_as(static_cast<S*>(out.a) + item, x.counted ? scale * grad_a : zero, count);
-    if (out.b) store_as(static_cast<S*>(out.b) + item, x.counted ? scale * grad_b : zero, count);
-    if (out.p == nullptr && !out.sum_p) return;
+    if (plain || out.a) store_as(to_a + item, x.counted ? scale * grad_a : zero, count);
+    if (plain || out.b) store_as(to_b + item, x.counted ? scale * grad_b : zero, count);
+    if (plain || (out.p == nullptr && !out.sum_p)) return;
     grad_p = x.counted ? scale * grad_p : zero;
     sum_p += grad_p;
     if (out.p == nullptr) return;
@@ -176,7 +187,8 @@ void forward(const Problem& problem, int64_t begin, int64_t end, void* loss, Tot
   with_rewards(problem.dtype, [&](auto acc, auto storage) {
     using T = decltype(acc);
     using S = decltype(storage);
-    const auto range = is_plain(problem) ? &forward_range<Model<T>, T, S, true> : &forward_range<Model<T>, T, S, false>;
+    const bool plain = is_plain(problem) && loss == nullptr && !problem.wants_stats;
+    const auto range = plain ? &forward_range<Model<T>, T, S, true> : &forward_range<Model<T>, T, S, false>;
     range(problem, begin, end, static_cast<T*>(loss), totals);
   });
 }
@@ -186,8 +198,8 @@ void backward(const Problem& problem, const Gradients& out, int64_t begin, int64
   with_rewards(problem.dtype, [&](auto acc, auto storage) {
     using T = decltype(acc);
     using S = decltype(storage);
-    const auto range =
-        is_plain(problem) ? &backward_range<Model<T>, T, S, true> : &backward_range<Model<T>, T, S, false>;
+    const bool plain = is_plain(problem) && is_number(out.grad_output) && out.a && out.b && !out.p && !out.sum_p;
+    const auto range = plain ? &backward_range<Model<T>, T, S, true> : &backward_range<Model<T>, T, S, false>;
     range(problem, out, begin, end, totals);
   });
 }

@@ -25,9 +25,9 @@ except ImportError as error:
 
 BACKENDS = ("native", "triton", "reference")
 
-# Plain module-level values, so that Dynamo can guard on them: the wish, the choice per device type, value checks.
+# Plain module-level values, so that Dynamo can guard on them: the wish, the choice per device, value checks.
 _wish: str | None = None
-_chosen: dict[str, Any] = {}
+_chosen: dict[torch.device, Any] = {}
 _checks: bool = False
 
 
@@ -104,11 +104,11 @@ def choose(device_type: str) -> str:
 
 
 def namespace_for(tensor: torch.Tensor) -> Any:
-    """The backend namespace that serves a tensor's device. The first choice for a device type is kept until the wish
+    """The backend namespace that serves a tensor's device. The first choice for a device is kept until the wish
     changes, which is also why a fallback warns once."""
-    device_type = tensor.device.type
-    namespace = _chosen.get(device_type)
+    namespace = _chosen.get(tensor.device)
     if namespace is None:
+        device_type = tensor.device.type
         # Meta tensors have no data: every backend gives the same shapes, and the reference needs no kernels.
         name = (
             "reference"
@@ -116,7 +116,7 @@ def namespace_for(tensor: torch.Tensor) -> Any:
             else choose("cpu" if device_type == "meta" else device_type)
         )
         namespace = _namespace(name)
-        _chosen[device_type] = namespace
+        _chosen[tensor.device] = namespace
     return torch.ops.rewardfuse if namespace is _C and torch.compiler.is_compiling() else namespace
 
 

@@ -84,12 +84,20 @@ def bradley_terry_loss(
     >>> stats.accuracy
     tensor(0.5000)
     """
-    _checks.check_tensors(chosen=chosen, rejected=rejected)
-    chosen, rejected = _checks.promote_under_autocast(chosen, rejected)
-    margin, margin_value = _checks.tensor_or_number("margin", margin, 0.0)
-    weight, weight_value = _checks.tensor_or_number("weight", weight, 1.0)
-    target, target_value = _checks.tensor_or_number("target", target, 1.0)
-    normalizer, normalizer_value = _checks.normalizer_or_none(normalizer)
+    # Written out rather than looped over: on 64 pairs this layer is a tenth of the step.
+    if not (isinstance(chosen, Tensor) and isinstance(rejected, Tensor)):
+        _checks.check_tensors(chosen=chosen, rejected=rejected)
+    if chosen.dtype is not rejected.dtype:
+        chosen, rejected = _checks.promote_under_autocast(chosen, rejected)
+    margin_value, weight_value, target_value, normalizer_value = 0.0, 1.0, 1.0, 0.0
+    if margin is not None:
+        margin, margin_value = _checks.tensor_or_number("margin", margin, 0.0)
+    if weight is not None:
+        weight, weight_value = _checks.tensor_or_number("weight", weight, 1.0)
+    if target is not None:
+        target, target_value = _checks.tensor_or_number("target", target, 1.0)
+    if normalizer is not None:
+        normalizer, normalizer_value = _checks.normalizer_or_none(normalizer)
     code = _checks.reduction_code(reduction)
     namespace = _backend.namespace_for(chosen)
     arguments = (
@@ -112,7 +120,7 @@ def bradley_terry_loss(
     )
     if not _backend.is_native(namespace):
         _check(*arguments)
-    elif _backend.checks_enabled() and not torch.compiler.is_compiling():
+    elif _backend._checks and not torch.compiler.is_compiling():
         _check_values(chosen, mask, weight, weight_value, target)
     loss, stats = namespace.bradley_terry_loss(*arguments)
     return (loss, BradleyTerryStats(*stats.unbind())) if return_stats else loss
