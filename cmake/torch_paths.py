@@ -6,7 +6,7 @@ import sys
 # The build runs from the repository root, whose folders must not shadow installed packages.
 sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != os.getcwd()]
 
-import torch
+import torch  # noqa: E402 — after the path is cleaned
 
 root = os.path.dirname(torch.__file__)
 print(

@@ -74,7 +74,8 @@ RF_HD typename Packed<uint16_t, lanes>::type narrow_16_bit(typename Packed<float
   return __builtin_convertvector(out, typename Packed<uint16_t, lanes>::type);
 }
 
-// `count` items from `p` on, `stride` apart; lanes beyond `count` are 0 and their memory is not touched.
+// `count` items from `p` on, `stride` apart; lanes beyond `count` are 0 and their memory is not
+// touched. Stride 0 fills every lane.
 template <class V, class S>
 RF_HD V load_as(const S* p, int64_t stride, int64_t count) {
   using T = lane_t<V>;
@@ -86,7 +87,7 @@ RF_HD V load_as(const S* p, int64_t stride, int64_t count) {
     __builtin_memcpy(&raw, from, sizeof(raw));
   } else {
     for (int j = 0; j < lanes; ++j) {
-      if (j < count) raw[j] = from[j * stride];
+      if (j < count || stride == 0) raw[j] = from[j * stride];
     }
   }
   if constexpr (std::is_same_v<S, Half> || std::is_same_v<S, BFloat16>) {

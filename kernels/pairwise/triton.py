@@ -1,8 +1,8 @@
 """The Triton kernels of every op on pairs, around the maths that an op passes in, and their launch.
 
 Decomposition: a grid of at most eight programs a multiprocessor strides over blocks of pairs; partial sums meet as in
-csrc/common/reduce.cuh, which explains the nonce. Traffic: as in pairwise/cuda.cuh. Precision: float32 maths (float64 for
-float64), sums in float64. A 16-bit value is cast when it is loaded.
+csrc/common/reduce.cuh, which explains the nonce. Traffic: as in pairwise/cuda.cuh. Precision: float32 maths (float64
+for float64), sums in float64. A 16-bit value is cast when it is loaded.
 """
 
 from __future__ import annotations

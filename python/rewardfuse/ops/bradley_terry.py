@@ -71,8 +71,8 @@ def bradley_terry_loss(
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype that it cannot have.
-        ValueError: a shape, device, option or range is wrong. Values of ``target`` are checked on CPU always and on a GPU
-            under ``rewardfuse.checks(True)``; unchecked, a bad one makes its pair NaN.
+        ValueError: a shape, device, option or range is wrong. Values of ``target`` are checked on CPU always and on a
+            GPU under ``rewardfuse.checks(True)``; unchecked, a bad one makes its pair NaN.
 
     Sources: Bradley & Terry 1952; margin: Touvron et al. 2023 (Llama 2), eq. 2; centering: Eisenstein et al. 2023.
 

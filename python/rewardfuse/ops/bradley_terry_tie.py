@@ -27,18 +27,18 @@ def bradley_terry_tie_loss(
 
     With :math:`d = r_1 - r_2`:
 
-    - ``"rao_kupper"``, :math:`η = \log θ` = ``log_tie`` ≥ 0: the first wins with probability :math:`σ(d - η)`, the second
-      with :math:`σ(-d - η)`, and a tie takes the rest,
-      :math:`(θ^2 - 1) e^{r_1 + r_2} / [(e^{r_1} + θ e^{r_2})(θ e^{r_1} + e^{r_2})]`. At η = 0 a tie is impossible: its loss
-      is inf.
+    - ``"rao_kupper"``, :math:`η = \log θ` = ``log_tie`` ≥ 0: the first wins with probability :math:`σ(d - η)`, the
+      second with :math:`σ(-d - η)`, and a tie takes the rest,
+      :math:`(θ^2 - 1) e^{r_1 + r_2} / [(e^{r_1} + θ e^{r_2})(θ e^{r_1} + e^{r_2})]`. At η = 0 a tie is impossible:
+      its loss is inf.
     - ``"davidson"``, :math:`λ = \log ν` = ``log_tie``: the three probabilities are proportional to :math:`e^{r_1}`,
       :math:`e^{r_2}` and :math:`ν e^{(r_1 + r_2)/2}`.
 
     Args:
         first: rewards :math:`r_1`, ``[*]``; float16, bfloat16, float32 or float64.
         second: rewards :math:`r_2`; shape, dtype and device of ``first``.
-        outcome: 1 where the first wins, 0.5 for a tie, 0 where the second wins; a number, a 0-d tensor or ``[*]``, of any
-            real dtype.
+        outcome: 1 where the first wins, 0.5 for a tie, 0 where the second wins; a number, a 0-d tensor or ``[*]``, of
+            any real dtype.
         log_tie: how easily comparisons tie, in nats; a number, a 0-d tensor or ``[*]``; may want a gradient.
         model: ``"rao_kupper"`` or ``"davidson"``.
         mask, weight, reduction, normalizer: as in :func:`rewardfuse.bradley_terry_loss`.
