@@ -98,7 +98,9 @@ def bradley_terry_loss(
         target, target_value = _checks.tensor_or_number("target", target, 1.0)
     if normalizer is not None:
         normalizer, normalizer_value = _checks.normalizer_or_none(normalizer)
-    code = _checks.reduction_code(reduction)
+    code = _checks.REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
+    if code is None:
+        code = _checks.reduction_code(reduction)
     namespace = _backend.namespace_for(chosen)
     arguments = (
         chosen,
@@ -118,7 +120,7 @@ def bradley_terry_loss(
         code,
         return_stats,
     )
-    if not _backend.is_native(namespace):
+    if namespace is not _backend._C and not _backend.is_native(namespace):
         _check(*arguments)
     elif _backend._checks and not torch.compiler.is_compiling():
         _check_values(chosen, mask, weight, weight_value, target)
