@@ -4,9 +4,13 @@
 #include "autograd/ops.h"
 #include "common/instruction_set.h"
 
+namespace py = pybind11;
+
 PYBIND11_MODULE(_C, m) {
-  m.def("bradley_terry_loss", &rewardfuse::bradley_terry_loss);
-  m.def("bradley_terry_tie_loss", &rewardfuse::bradley_terry_tie_loss);
+  // As torch's own functions, ops let other Python threads run.
+  using no_gil = py::call_guard<py::gil_scoped_release>;
+  m.def("bradley_terry_loss", &rewardfuse::bradley_terry_loss, no_gil());
+  m.def("bradley_terry_tie_loss", &rewardfuse::bradley_terry_tie_loss, no_gil());
 
   m.attr("torch_version") = REWARDFUSE_TORCH_VERSION;
   m.attr("has_cuda") = static_cast<bool>(REWARDFUSE_WITH_CUDA);

@@ -80,7 +80,7 @@ def strided(tensor, layout):
     if layout == "transposed" and tensor.dim() >= 2:
         return tensor.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "every second":
-        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0]
+        return torch.stack([tensor, torch.ones_like(tensor)], -1)[..., 0]
     if layout == "three strides" and tensor.dim() == 3:
         return tensor.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     return tensor

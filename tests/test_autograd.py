@@ -56,6 +56,18 @@ def test_a_gradient_penalty_has_a_constant_gradient(backend):
     assert plain.abs().min() > 0
 
 
+def test_an_input_that_depends_on_another_is_counted_twice(backend):
+    """Under create_graph=True a saved input's own history must not be differentiated with it."""
+
+    def gradient(loss, create_graph):
+        x = torch.linspace(-1, 1, 5, dtype=torch.float64, device=backend.device).requires_grad_()
+        return torch.autograd.grad(loss(x, x * 0.25, x * x), x, create_graph=create_graph)[0]
+
+    for create_graph in (False, True):
+        plain = gradient(lambda c, r, m: -torch.nn.functional.logsigmoid(c - r - m).mean(), create_graph)
+        torch.testing.assert_close(gradient(rewardfuse.bradley_terry_loss, create_graph), plain)
+
+
 @pytest.mark.parametrize("model", ["rao_kupper", "davidson"])
 def test_a_missing_second_derivative_is_silent(backend, model):
     a, b = (double(4, backend.device) for _ in "ab")
@@ -164,6 +176,22 @@ class TestCompilation:
         with rewardfuse.use_backend("reference"):
             compiled(a, b)
         assert graphs == [True, False]
+
+    def test_a_changing_number_breaks_the_graph(self, native):
+        torch._dynamo.reset()
+        compiled = torch.compile(rewardfuse.bradley_terry_loss, fullgraph=True, backend="aot_eager")
+        a, b = torch.randn(4), torch.randn(4)
+        for margin in (0.5, 0.7, 0.9):
+            torch.testing.assert_close(compiled(a, b, margin), rewardfuse.bradley_terry_loss(a, b, margin))
+        per_length = torch.compile(
+            lambda a, b: rewardfuse.bradley_terry_loss(a, b, normalizer=2 * a.shape[0]),
+            fullgraph=True,
+            dynamic=True,
+            backend="aot_eager",
+        )
+        for n in (4, 9):
+            a, b = torch.randn(n), torch.randn(n)
+            torch.testing.assert_close(per_length(a, b), rewardfuse.bradley_terry_loss(a, b) / 2)
 
     def test_export_loses_the_op(self, native):
         class Module(torch.nn.Module):

@@ -70,6 +70,12 @@ CASES = [
     ),
     (tie(log_tie=-0.1), ValueError, "log_tie: expected log θ ≥ 0, got -0.1"),
     (tie(log_tie=torch.tensor(-0.5)), ValueError, "log_tie: expected log θ ≥ 0, got -0.5 at index 0"),
+    (bt(mask=[True] * 3), TypeError, "mask: expected a tensor, got list"),
+    (bt(beta="1"), TypeError, "beta: expected a number, got str"),
+    (bt(label_smoothing=None), TypeError, "label_smoothing: expected a number, got NoneType"),
+    (tie(outcome=None), TypeError, "outcome: expected a number or a tensor, got NoneType"),
+    (tie(log_tie=None), TypeError, "log_tie: expected a number or a tensor, got NoneType"),
+    (tie(model=["davidson"]), ValueError, 'model: expected "rao_kupper" or "davidson", got [\'davidson\']'),
     (tie(model="elo"), ValueError, 'model: expected "rao_kupper" or "davidson", got \'elo\''),
 ]
 
@@ -115,6 +121,16 @@ def test_pybind11_and_torch_ops_raise_differently(native, change, kind):
             call()
         errors.append(str(error.value).splitlines()[0])
     assert errors[0] == errors[1] and next(iter(change)).removesuffix("_value") in errors[0]
+
+
+def test_a_raw_call_with_bad_numbers_crashes_the_process(native):
+    ops = torch.ops.rewardfuse
+    with pytest.raises(ValueError, match="log_tie"):
+        ops.bradley_terry_tie_loss(A, B, log_tie_value=float("nan"), model=1)
+    loss, _, _ = ops._bradley_terry_loss_forward(A, B, None, None, None, None, None, [0, 1, 2, 0, 0, 1, 0], 0, False)
+    assert loss.isnan().all()
+    with pytest.raises(ValueError, match="numbers"):
+        ops._bradley_terry_loss_forward(A, B, None, None, None, None, None, [0], 2, False)
 
 
 def test_an_unchecked_bad_value_is_not_nan():

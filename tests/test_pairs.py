@@ -9,7 +9,7 @@ import rewardfuse
 from pairs import DTYPES, GRADIENT_TOLERANCE, OPS, TOLERANCE, assert_close, strided, to_device
 
 op_cases = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-SHAPES = [(), (1,), (0,), (7,), (64,), (3, 5), (2, 0), (4, 1, 3), (2, 3, 17)]
+SHAPES = [(), (1,), (0,), (7,), (64,), (3, 5), (2, 0), (2, 0, 0), (4, 1, 3), (2, 3, 17)]
 
 
 @op_cases
@@ -25,11 +25,12 @@ def test_value_or_gradient_differs_from_the_equations(op, backend, data):
     reduction = data.draw(st.sampled_from(["none", "sum", "mean"]))
     tensors, options = op.draw(data.draw, shape, dtype)
     normalizer = data.draw(st.sampled_from([None, 3.0, torch.tensor(5.0)])) if reduction == "mean" else None
-    a, b = (strided((torch.randn(shape) * scale).to(dtype), layout).to(backend.device).requires_grad_() for _ in "ab")
+    a, b = (strided((torch.randn(shape) * scale).to(dtype).to(backend.device), layout).requires_grad_() for _ in "ab")
     arguments = to_device({**tensors, "normalizer": normalizer}, backend.device)
+    arguments = {k: strided(v, layout) if torch.is_tensor(v) and v.shape == shape else v for k, v in arguments.items()}
     p = arguments.get(op.names[2])
     if isinstance(p, torch.Tensor):
-        arguments[op.names[2]] = p = p.detach().clone().requires_grad_()
+        arguments[op.names[2]] = p = p.detach().requires_grad_()
     loss = op.function(a, b, **arguments, **options, reduction=reduction)
     loss.sum().backward()
 
@@ -225,6 +226,9 @@ def test_an_impossible_tie_is_not_infinite(backend):
     log_tie = torch.zeros((), device=backend.device, requires_grad=True)
     rewardfuse.bradley_terry_tie_loss(zero.expand(2), zero.expand(2), outcome, log_tie=log_tie).backward()
     assert log_tie.grad.isfinite()
+    log_tie.grad = None
+    rewardfuse.bradley_terry_tie_loss(zero, zero, 0.5, log_tie=log_tie).backward()
+    assert log_tie.grad == -torch.inf  # more room for ties lowers the loss
 
 
 # Davidson 1970, table 2: two of six puddings, how many preferred the first, the second, neither.

@@ -18,6 +18,7 @@ struct BradleyTerryOp {
   static pairwise::Kernels kernels(at::ArrayRef<double> /*options*/) { return RF_PAIR_KERNELS(bradley_terry); }
 
   static void raise_invalid(const Inputs& in) {
+    if (!present(in.q)) return;
     check_values("target", in.q, in, "values from 0 to 1", (*in.q >= 0).logical_and(*in.q <= 1));
   }
 

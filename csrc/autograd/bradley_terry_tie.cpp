@@ -30,6 +30,7 @@ struct BradleyTerryTieOp {
       const at::Tensor known = (*in.q == 0).logical_or(*in.q == 0.5).logical_or(*in.q == 1);
       check_values("outcome", in.q, in, "1 (first wins), 0.5 (tie) or 0 (second wins)", known);
     }
+    if (!present(in.p)) return;
     if (is_davidson(in.options())) {
       check_values("log_tie", in.p, in, "a number", in.p->eq(*in.p));
     } else {
@@ -57,6 +58,7 @@ at::Tensor bradley_terry_tie_loss(const at::Tensor& first, const at::Tensor& sec
   TORCH_CHECK_VALUE(model == 0 || model == 1, "model: expected 0 (rao_kupper) or 1 (davidson), got ", model);
   check_number("outcome", outcome_value == 0 || outcome_value == 0.5 || outcome_value == 1,
                "1 (first wins), 0.5 (tie) or 0 (second wins)", outcome_value);
+  check_number("log_tie", log_tie_value == log_tie_value, "a number", log_tie_value);
   if (model == 0) check_number("log_tie", log_tie_value >= 0, "log θ ≥ 0", log_tie_value);
   auto outputs = pairwise::PairLoss<BradleyTerryTieOp>::apply(first, second, log_tie, mask, weight, outcome, normalizer,
                                                               numbers, reduction, false);

@@ -1,11 +1,8 @@
 // Registers of the widest kind that the instruction set of this compilation has, through the compilers' vector
 // extension (GCC, Clang): arithmetic, comparisons and `mask ? a : b` work lane by lane. Torch-free, host only.
 //
-// Max error against the correctly rounded value, all floats of the range (tests/test_simd.py):
-//   exp_nonpositive    x in [−104, 0]   2 ulp (subnormal results: 1 ulp of the smallest subnormal)
-//   expm1_nonpositive  x in [−104, 0]   3 ulp
-//   log1p_unit         x in [0, 1]      3 ulp
-//   log_nonnegative    x in [0, max]    3 ulp
+// Error of each function: at most 4 units in the last place over its whole range, subnormal results included to within
+// the smallest subnormal (tests/test_accuracy.py measures them through the ops).
 #pragma once
 
 #ifdef __AVX512F__

@@ -61,11 +61,12 @@ class _BradleyTerry(torch.autograd.Function):
 
 
 def _differentiable_gradients(ctx, grad_loss: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
-    chosen, rejected, margin, mask, weight, target, normalizer, _ = ctx.saved_tensors
+    # Differentiated at aliases: a saved input may itself be a function of another.
+    saved = [t if t is None else t.view_as(t) for t in ctx.saved_tensors[:-1]]
+    chosen, rejected, margin = saved[:3]
     margin_value, weight_value, target_value, normalizer_value, *options = ctx.numbers
     values = (margin_value, weight_value, target_value, normalizer_value, *options)
-    tensors = (chosen, rejected, margin, mask, weight, target, normalizer)
-    loss, _ = reference.bradley_terry_loss(*tensors, *values, ctx.reduction, False)
+    loss, _ = reference.bradley_terry_loss(*saved, *values, ctx.reduction, False)
     wanted = [t for t, need in zip((chosen, rejected, margin), needs, strict=True) if need]
     gradients = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True))
     return [next(gradients) if need else None for need in needs]

@@ -60,7 +60,7 @@ struct RaoKupper {
     const V win = sigmoid(below), loss = sigmoid(above);
     const V not_above = sigmoid(-above), not_below = sigmoid(-below);
     const V e = exp_nonpositive(log_tie * -2.0f);
-    const V tie = -not_above - not_below + 2.0f * e / expm1_nonpositive(log_tie * -2.0f);
+    const V tie = -not_above - not_below - 2.0f * e / magnitude(expm1_nonpositive(log_tie * -2.0f));
     d_first = outcome == 1.0f ? -win : outcome == 0.0f ? loss : not_below - not_above;
     d_second = -d_first;
     d_log_tie = outcome == 1.0f ? win : outcome == 0.0f ? loss : tie;

@@ -5,8 +5,8 @@
 // not depend on the number of threads.
 // Traffic: forward reads a and b (8 bytes a pair in float32) and what of p, q, weight and mask is a whole tensor; it
 // writes nothing unless reduction is "none". Backward reads the same and writes the gradients asked for.
-// Precision: float32 maths for 16-bit and float32 rewards, float64 for float64; sums are float32 lanes within a range
-// of a few thousand pairs, float64 across lanes and ranges.
+// Precision: float32 maths for 16-bit and float32 rewards, float64 for float64; sums are float32 lanes within a block
+// of 1,024 pairs, float64 across lanes and blocks.
 #pragma once
 
 #include "common/storage.h"
@@ -94,6 +94,12 @@ RF_HD void for_each_register(const Plane& plane, int64_t begin, int64_t end, F&&
   }
 }
 
+// Lanes sum in units of 2^16, which no sum over a block of finite values overflows; the product is exact and free in a
+// fused multiply-add. (Values below 2^−110 lose their last bits to subnormals.)
+constexpr float kScale = 0x1p-16f;
+// What lanes sum before float64 takes over: at most 256 values each.
+constexpr int64_t kBlock = 1024;
+
 template <class Model, class T, class S, bool plain>
 void forward_range(const Problem& problem, int64_t begin, int64_t end, T* loss, Totals& totals) {
   using V = typename Lanes<T>::Reg;
@@ -106,13 +112,13 @@ void forward_range(const Problem& problem, int64_t begin, int64_t end, T* loss, 
     const Pairs<V> x = source(row, column, count);
     V value = model.loss(x.a, x.b, x.p, x.q);
     if constexpr (plain) {
-      sum += x.counted ? value : zero;
+      sum += (x.counted ? value : zero) * kScale;
       return;
     }
     const auto bad = model.invalid(x.p, x.q);
     value = bad ? broadcast(T(__builtin_nan(""))) : x.weight * value;
     value = x.counted ? value : zero;
-    sum += value;
+    sum += value * kScale;
     if (loss) store_as(loss + item, value, count);
     valid += x.valid ? one : zero;
     counted += x.counted ? one : zero;
@@ -120,19 +126,20 @@ void forward_range(const Problem& problem, int64_t begin, int64_t end, T* loss, 
     if (problem.wants_stats) {
       correct += x.counted & (x.a > x.b) ? one : zero;
       ties += x.counted & (x.a == x.b) ? one : zero;
-      a += x.counted ? x.a : zero;
-      b += x.counted ? x.b : zero;
+      a += (x.counted ? x.a : zero) * kScale;
+      b += (x.counted ? x.b : zero) * kScale;
     }
   };
   for_each_register<T>(problem.plane, begin, end, body);
-  totals.loss = sum_lanes(sum) * (plain ? source.weight[0] : 1);
+  totals.loss = sum_lanes(sum) / kScale * (plain ? source.weight[0] : 1);
   totals.valid = plain ? end - begin : sum_lanes(valid);
   totals.counted = plain ? end - begin : sum_lanes(counted);
   totals.correct = sum_lanes(correct);
   totals.ties = sum_lanes(ties);
-  totals.a = sum_lanes(a);
-  totals.b = sum_lanes(b);
+  totals.a = sum_lanes(a) / kScale;
+  totals.b = sum_lanes(b) / kScale;
   totals.invalid = plain ? model.invalid(source.p, source.q)[0] != 0 : sum_lanes(invalid);
+  if (totals.invalid > 0) totals.loss = __builtin_nan("");
 }
 
 template <class Model, class T, class S, bool plain>
@@ -162,13 +169,13 @@ void backward_range(const Problem& problem, const Gradients& out, int64_t begin,
     if (plain || out.b) store_as(to_b + item, x.counted ? scale * grad_b : zero, count);
     if (plain || (out.p == nullptr && !out.sum_p)) return;
     grad_p = x.counted ? scale * grad_p : zero;
-    sum_p += grad_p;
+    sum_p += grad_p * kScale;
     if (out.p == nullptr) return;
     with_storage(out.p_dtype,
                  [&](auto storage) { store_as(static_cast<decltype(storage)*>(out.p) + item, grad_p, count); });
   };
   for_each_register<T>(problem.plane, begin, end, body);
-  totals.grad_p = sum_lanes(sum_p);
+  totals.grad_p = sum_lanes(sum_p) / kScale;
 }
 
 // Calls f(accumulation type, storage type) for the dtype of the rewards.
@@ -189,7 +196,11 @@ void forward(const Problem& problem, int64_t begin, int64_t end, void* loss, Tot
     using S = decltype(storage);
     const bool plain = is_plain(problem) && loss == nullptr && !problem.wants_stats;
     const auto range = plain ? &forward_range<Model<T>, T, S, true> : &forward_range<Model<T>, T, S, false>;
-    range(problem, begin, end, static_cast<T*>(loss), totals);
+    for (int64_t block = begin; block < end; block += kBlock) {
+      Totals part;
+      range(problem, block, block + kBlock < end ? block + kBlock : end, static_cast<T*>(loss), part);
+      totals.add(part);
+    }
   });
 }
 
@@ -200,7 +211,12 @@ void backward(const Problem& problem, const Gradients& out, int64_t begin, int64
     using S = decltype(storage);
     const bool plain = is_plain(problem) && is_number(out.grad_output) && out.a && out.b && !out.p && !out.sum_p;
     const auto range = plain ? &backward_range<Model<T>, T, S, true> : &backward_range<Model<T>, T, S, false>;
-    range(problem, out, begin, end, totals);
+    if (!out.sum_p) return range(problem, out, begin, end, totals);
+    for (int64_t block = begin; block < end; block += kBlock) {
+      Totals part;
+      range(problem, out, block, block + kBlock < end ? block + kBlock : end, part);
+      totals.add(part);
+    }
   });
 }
 

@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   double sums[kSums] = {};
   for_each_access<T, S, kWidth>(
       problem, [&](int64_t row, int64_t column, int64_t item, const T* a, const T* b, int width) {
-        T loss = 0, sum_a = 0, sum_b = 0;
+        double loss = 0, sum_a = 0, sum_b = 0;
         int valid = 0, counted = 0, correct = 0, ties = 0;
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   for_each_access<T, S, kWidth>(
       problem, [&](int64_t row, int64_t column, int64_t item, const T* a, const T* b, int width) {
         Vector<S, kWidth> grad_a, grad_b;
-        T sum_p = 0;
+        double sum_p = 0;
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
           T d_a = 0, d_b = 0, d_p = 0;

@@ -7,6 +7,7 @@ for float64), sums in float64. A 16-bit value is cast when it is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import secrets
@@ -313,6 +314,8 @@ class Layout(NamedTuple):
 
 def lay(shape: torch.Size, *tensors: Tensor | None) -> Layout:
     """Collapses the shape to (outer, inner) for all tensors at once; makes them contiguous where that cannot be."""
+    if shape.numel() == 0:
+        return Layout(0, 1, [(0, 0)] * len(tensors), list(tensors))
     groups: list[list[int]] = []  # of dimensions, innermost first
     full = [t for t in tensors if t is not None and t.dim() > 0]
     for d in reversed([d for d in range(len(shape)) if shape[d] != 1]):
@@ -387,6 +390,11 @@ def _as_float32_sums(numbers: Sequence[float]) -> tuple[float, ...]:
     return (*high, *low)
 
 
+def _device(like: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
+
+
 def _grid(like: Tensor, items: int) -> tuple[tuple[int], dict[str, object]]:
     """Grid and scratch of one launch; the scratch is shared with no other."""
     processors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 1
@@ -395,7 +403,8 @@ def _grid(like: Tensor, items: int) -> tuple[tuple[int], dict[str, object]]:
     return (programs,), {
         "flags": scratch[:programs],
         "partials": scratch[programs:].view(torch.float64),
-        "nonce": (1 << 62) + secrets.randbits(61),  # an int64 to Triton whatever its value
+        # An int64 to Triton whatever its value, and odd: it compiles another kernel for multiples of 16.
+        "nonce": (1 << 62) + secrets.randbits(61) | 1,
         "PROGRAMS": triton.next_power_of_2(programs),
     }
 
@@ -433,14 +442,15 @@ def backward(
     }
     flags = {"NEED_A": needs[0], "NEED_B": needs[1], "NEED_P": needs[2]}
     flags["SUM_P"] = bool(needs[2]) and pairs.p.dim() == 0
-    backward_kernel[grid](
-        **tensors,
-        **outputs,
-        **constants,
-        **scratch,
-        **flags,
-        denominator=denominator,
-        GRADIENT=gradient_function,
-        num_warps=WARPS,
-    )
+    with _device(pairs.a):
+        backward_kernel[grid](
+            **tensors,
+            **outputs,
+            **constants,
+            **scratch,
+            **flags,
+            denominator=denominator,
+            GRADIENT=gradient_function,
+            num_warps=WARPS,
+        )
     return gradients

@@ -159,7 +159,7 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.clear()
 
 
-class checks(contextlib.ContextDecorator):
+class checks:
     """Turn checks of values that live on a GPU on or off; as a statement for good, or as ``with checks(True):``.
 
     On CPU such values (targets, outcomes, orders) are always checked. On a GPU reading them waits for the device, so by

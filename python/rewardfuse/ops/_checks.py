@@ -3,8 +3,6 @@ public function does with its arguments before a backend sees them."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -29,10 +27,10 @@ def tensor_or_number(name: str, value: object, default: float) -> tuple[Tensor |
         return None, default
     if isinstance(value, Tensor):
         return value, default
-    if isinstance(value, (int, float)) and not math.isnan(value):
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        if value != value:
+            raise ValueError(f"{name}: expected a number, got nan")
         return None, float(value)
-    if isinstance(value, float):
-        raise ValueError(f"{name}: expected a number, got nan")
     raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
 
 
@@ -42,6 +40,15 @@ def normalizer_or_none(value: object) -> tuple[Tensor | None, float]:
     if tensor is None and value is not None and not number > 0:
         raise ValueError(f"normalizer: expected a positive number or a 0-d tensor, got {number:g}")
     return tensor, number
+
+
+def check_options(mask: object, **numbers: object) -> None:
+    """Raises TypeError for a mask that is no tensor and for an option that is no number."""
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def check_tensors(**arguments: object) -> None:
@@ -138,7 +145,13 @@ def check_normalizer(tensor: Tensor | None, number: float, reduction: int, other
     if tensor.dim() != 0:
         raise ValueError(f"normalizer: expected a positive number or a 0-d tensor, got shape {list(tensor.shape)}")
     check_per_item("normalizer", tensor, other_name, other)
-    if values_are_checked(other) and not tensor.item() > 0:
+    if values_are_checked(other):
+        check_normalizer_value(tensor)
+
+
+def check_normalizer_value(tensor: Tensor | None) -> None:
+    """Raises for a normalizer that is not positive. Waits for the device."""
+    if tensor is not None and not tensor.item() > 0:
         raise ValueError(f"normalizer: expected a positive number or a 0-d tensor, got {tensor.item():g}")
 
 

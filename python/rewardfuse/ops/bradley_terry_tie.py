@@ -59,15 +59,19 @@ def bradley_terry_tie_loss(
     >>> import torch, rewardfuse
     >>> first, second = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])
     >>> rewardfuse.bradley_terry_tie_loss(first, second, torch.tensor([1.0, 0.5]), log_tie=0.5)
-    tensor(0.9392)
+    tensor(0.9405)
     """
     _checks.check_tensors(first=first, second=second)
     first, second = _checks.promote_under_autocast(first, second)
+    _checks.check_options(mask)
+    for name, value in (("outcome", outcome), ("log_tie", log_tie)):
+        if value is None:
+            raise TypeError(f"{name}: expected a number or a tensor, got NoneType")
     outcome, outcome_value = _checks.tensor_or_number("outcome", outcome, 1.0)
     log_tie, log_tie_value = _checks.tensor_or_number("log_tie", log_tie, 0.0)
     weight, weight_value = _checks.tensor_or_number("weight", weight, 1.0)
     normalizer, normalizer_value = _checks.normalizer_or_none(normalizer)
-    if model not in MODELS:
+    if not isinstance(model, str) or model not in MODELS:
         raise ValueError(f'model: expected "rao_kupper" or "davidson", got {model!r}')
     namespace = _backend.namespace_for(first)
     arguments = (
@@ -89,6 +93,7 @@ def bradley_terry_tie_loss(
         _check(*arguments)
     elif _backend.checks_enabled() and not torch.compiler.is_compiling():
         _check_values(first, outcome, log_tie, mask, weight, weight_value, MODELS[model])
+        _checks.check_normalizer_value(normalizer)
     return namespace.bradley_terry_tie_loss(*arguments)
 
 

@@ -29,7 +29,7 @@ def select_pairs(
     dtype = torch.float64 if a.dtype is torch.float64 else torch.float32
 
     def spread(value: Tensor | float) -> Tensor:
-        return torch.as_tensor(value, device=a.device).to(dtype).expand(a.shape)
+        return torch.as_tensor(value, dtype=dtype, device=a.device).expand(a.shape)
 
     weight = spread(weight)
     valid = torch.ones_like(a, dtype=torch.bool) if mask is None else mask
