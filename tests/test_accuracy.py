@@ -46,7 +46,7 @@ def test_a_sum_overflows_or_drifts(compiled_backend, n):
     torch.testing.assert_close(stats.reward_margin.item(), -3e38, rtol=5e-6, atol=0)
     zeros = torch.zeros(n, device=device)
     torch.testing.assert_close(
-        rewardfuse.bradley_terry_loss(zeros, zeros).item(), 0.6931471805599453, rtol=1e-6, atol=0
+        rewardfuse.bradley_terry_loss(zeros, zeros).item(), 0.6931471805599453, rtol=5e-6, atol=0
     )
 
 
