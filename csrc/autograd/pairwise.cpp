@@ -26,7 +26,6 @@ void check(const Names& names, const Inputs& in) {
   }
   TORCH_CHECK_VALUE(in.reduction >= Reduction::kNone && in.reduction <= Reduction::kMean,
                     "reduction: expected 0 (none), 1 (sum) or 2 (mean), got ", static_cast<int>(in.reduction));
-  TORCH_CHECK_VALUE(in.numbers.size() == Numbers{}.size(), "numbers: expected 7 of them, got ", in.numbers.size());
   if (!in.has_normalizer()) return;
   TORCH_CHECK_VALUE(in.reduction == Reduction::kMean, "normalizer: expected only with reduction=\"mean\"");
   if (present(in.normalizer)) {

@@ -36,7 +36,10 @@ struct Inputs {
   at::ArrayRef<double> numbers;      // as Numbers
   Reduction reduction;
 
-  at::ArrayRef<double> options() const { return numbers.slice(4); }
+  at::ArrayRef<double> options() const {
+    TORCH_CHECK_VALUE(numbers.size() == Numbers{}.size(), "numbers: expected 7 of them, got ", numbers.size());
+    return numbers.slice(4);
+  }
   bool has_normalizer() const { return present(normalizer) || numbers[3] != 0; }
   // The mean's denominator is known only to the kernel that reads the mask.
   bool counts() const { return reduction == Reduction::kMean && present(mask) && !has_normalizer(); }

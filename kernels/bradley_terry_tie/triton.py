@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from rewardfuse.kernels.pairwise import triton as pairwise
+from rewardfuse.kernels.pairwise import launch as pairwise
 from rewardfuse.kernels.pairwise.triton import exp_nonpositive, log1p_unit
 from torch import Tensor
 
