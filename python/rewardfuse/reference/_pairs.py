@@ -1,4 +1,4 @@
-"""What the reference ops on pairs share: selection of the pairs that count, and reductions."""
+"""What the reference ops on pairs share: selection of the pairs that count."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from rewardfuse.ops._checks import REDUCTIONS
 
 
 class Pairs(NamedTuple):
@@ -40,18 +38,3 @@ def select_pairs(
         return torch.where(counted, spread(value), zero)
 
     return Pairs(select(a), select(b), select(p), select(q), select(weight), valid, counted)
-
-
-def reduce(values: Tensor, valid: Tensor, reduction: int, normalizer: Tensor | None, normalizer_value: float) -> Tensor:
-    """Per-pair losses ``[*]`` to what was asked for. Sums run in float64, as the kernels' do across registers."""
-    if reduction == REDUCTIONS["none"]:
-        return values
-    total = values.sum(dtype=torch.float64)
-    if reduction == REDUCTIONS["mean"]:
-        if normalizer is not None:
-            total = total / normalizer
-        elif normalizer_value != 0:
-            total = total / normalizer_value
-        else:
-            total = total / valid.sum().clamp(min=1)
-    return total.to(values.dtype)

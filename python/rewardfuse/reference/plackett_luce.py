@@ -1,0 +1,94 @@
+"""Plackett–Luce in plain torch; arguments as backends take them, formula in ops/plackett_luce.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rewardfuse.reference._lists import pad_index, spread_lists, valid_items
+from rewardfuse.reference._reduction import reduce
+
+
+def plackett_luce_loss(
+    scores: Tensor,
+    order: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    top_k: Tensor | None,
+    position_weight: Tensor | None,
+    item_weight: Tensor | None,
+    weight: Tensor | None,
+    normalizer: Tensor | None,
+    top_k_value: int,
+    weight_value: float,
+    normalizer_value: float,
+    reduction: int,
+) -> Tensor:
+    """Σ over stages of u·L − v·s, where u is `position_weight` and v is `item_weight` (u where absent).
+
+    Both are ``[N]`` or ``[*, N]`` by position in the ranking, or ``[total]`` for packed lists; `top_k_value` 0 is none.
+    """
+    if cu_seqlens is not None:
+        index, lengths = pad_index(cu_seqlens, scores.numel())
+        inside = (cu_seqlens[:-1] >= 0) & (cu_seqlens[1:] <= scores.numel()) & (lengths >= 0)
+        if index.shape[-1] == 0:
+            index = index.new_zeros(index.shape)
+        scores, order, position_weight, item_weight = (
+            t if t is None else t[index] for t in (scores, order, position_weight, item_weight)
+        )
+    shape, size = scores.shape[:-1], scores.shape[-1]
+    valid = valid_items(scores.shape, scores.device, lengths, mask)
+    count = lengths if lengths is not None else valid.sum(-1)
+    if cu_seqlens is None:
+        inside = (count >= 0) & (count <= size)
+    stage = torch.arange(size, device=scores.device)
+    there = stage < count.unsqueeze(-1)
+    if order is not None:
+        inside = inside & _permutes(order, there, valid)
+    elif mask is not None:
+        order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
+    weight = spread_lists(weight_value if weight is None else weight, shape, scores)
+    counted = there & (weight != 0).unsqueeze(-1)
+
+    ranked = scores if order is None else scores.gather(-1, order.long().clamp(0, max(size - 1, 0)))
+    nll = _likelihood(ranked.to(weight.dtype), counted, position_weight, item_weight, top_k, top_k_value)
+    inside = inside if top_k is None else inside & (top_k >= 1)
+    nll = torch.where(inside, nll, torch.nan)
+    losses = torch.where(weight != 0, weight * nll, torch.zeros_like(nll))
+    return reduce(losses, (count > 0) | ~inside, reduction, normalizer, normalizer_value)
+
+
+def _permutes(order: Tensor, there: Tensor, valid: Tensor) -> Tensor:
+    """Whether the first entries of each list's order name every valid item once, ``[*]``."""
+    size = order.shape[-1]
+    index = torch.where(there & (order >= 0) & (order < size), order.long(), size)
+    seen = torch.zeros(*order.shape[:-1], size + 1, dtype=torch.bool, device=order.device).scatter(-1, index, True)
+    return (seen[..., :size] == valid).all(-1)
+
+
+def _likelihood(
+    scores: Tensor,
+    counted: Tensor,
+    position_weight: Tensor | None,
+    item_weight: Tensor | None,
+    top_k: Tensor | None,
+    top_k_value: int,
+) -> Tensor:
+    """Negative log-likelihood of each list, ``[*]``; scores ``[*, N]`` best first."""
+    size = scores.shape[-1]
+    zero = torch.zeros((), dtype=scores.dtype, device=scores.device)
+    # Far below every score, but finite: logcumsumexp's gradient is NaN at −inf.
+    nothing = torch.full_like(zero, torch.finfo(scores.dtype).min / 4)
+    suffix = torch.where(counted, scores, nothing).flip(-1).logcumsumexp(-1).flip(-1)
+    limit = top_k_value or size if top_k is None else top_k.unsqueeze(-1)
+    stages = counted & (torch.arange(size, device=scores.device) < limit)
+    if position_weight is None:
+        terms = suffix - scores
+    elif item_weight is None:
+        stages = stages & (position_weight != 0)
+        terms = position_weight.to(scores.dtype) * (suffix - scores)
+    else:
+        first = torch.where(counted, scores, zero)[..., :1].detach()  # taken off both: else large scores cancel
+        terms = position_weight.to(scores.dtype) * (suffix - first) - item_weight.to(scores.dtype) * (scores - first)
+    return torch.where(stages, terms, zero).sum(-1, dtype=torch.float64).to(scores.dtype)
