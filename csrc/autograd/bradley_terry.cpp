@@ -47,7 +47,7 @@ LossAndStats bradley_terry_loss(const at::Tensor& chosen, const at::Tensor& reje
   const pairwise::Numbers numbers{
       margin_value, weight_value, target_value, normalizer_value, label_smoothing, beta, center_rewards_coefficient};
   pairwise::check_public(BradleyTerryOp::names, {chosen, rejected, margin, mask, weight, target, normalizer, numbers,
-                                                 static_cast<pairwise::Reduction>(reduction)});
+                                                 static_cast<Reduction>(reduction)});
   check_number("target", target_value >= 0 && target_value <= 1, "from 0 to 1", target_value);
   check_number("label_smoothing", label_smoothing >= 0 && label_smoothing <= 0.5, "from 0 to 0.5", label_smoothing);
   check_number("beta", std::isfinite(beta) && beta > 0, "positive and finite", beta);

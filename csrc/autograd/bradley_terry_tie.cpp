@@ -54,7 +54,7 @@ at::Tensor bradley_terry_tie_loss(const at::Tensor& first, const at::Tensor& sec
   const pairwise::Numbers numbers{log_tie_value, weight_value, outcome_value, normalizer_value,
                                   static_cast<double>(model)};
   pairwise::check_public(BradleyTerryTieOp::names, {first, second, log_tie, mask, weight, outcome, normalizer, numbers,
-                                                    static_cast<pairwise::Reduction>(reduction)});
+                                                    static_cast<Reduction>(reduction)});
   TORCH_CHECK_VALUE(model == 0 || model == 1, "model: expected 0 (rao_kupper) or 1 (davidson), got ", model);
   check_number("outcome", outcome_value == 0 || outcome_value == 0.5 || outcome_value == 1,
                "1 (first wins), 0.5 (tie) or 0 (second wins)", outcome_value);

@@ -7,6 +7,8 @@ namespace rewardfuse {
 
 enum class DType : int8_t { kFloat32, kFloat64, kFloat16, kBFloat16, kBool, kUInt8, kInt8, kInt16, kInt32, kInt64 };
 
+enum class Reduction : int8_t { kNone, kSum, kMean };
+
 // Items are numbered 0..items−1 in row-major order; item i stands at (i / inner, i % inner).
 struct Plane {
   int64_t items = 0;

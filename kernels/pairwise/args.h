@@ -6,11 +6,11 @@
 // own math.h, so that masks, weights, strides, dtypes and reductions are written once.
 #pragma once
 
+#include "common/host_device.h"
+#include "common/launch.h"
 #include "common/operand.h"
 
 namespace rewardfuse::pairwise {
-
-enum class Reduction : int8_t { kNone, kSum, kMean };
 
 struct Problem {
   Plane plane;
@@ -29,7 +29,7 @@ struct Totals {
   double grad_p = 0;
   double invalid = 0;  // pairs whose observation or parameter is out of range; their loss is NaN
 
-  void add(const Totals& other) {
+  RF_HD void add(const Totals& other) {
     const double* from = &other.loss;
     double* to = &loss;
     for (unsigned i = 0; i < sizeof(Totals) / sizeof(double); ++i) to[i] += from[i];
@@ -58,14 +58,6 @@ struct CudaForward {
   void* stats = nullptr;          // [5]
   double* denominator = nullptr;  // [] or null
   Operand normalizer;             // number 0: none
-};
-
-struct CudaLaunch {
-  void* stream = nullptr;
-  unsigned blocks = 1;
-  double* partials = nullptr;           // [blocks, kCudaSums]
-  unsigned long long* flags = nullptr;  // [blocks]
-  unsigned long long nonce = 0;         // of this launch alone, see common/reduce.cuh
 };
 
 constexpr int kCudaSums = 7;

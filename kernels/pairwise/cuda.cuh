@@ -17,10 +17,8 @@
 namespace rewardfuse::cuda::pairwise {
 
 using rewardfuse::pairwise::CudaForward;
-using rewardfuse::pairwise::CudaLaunch;
 using rewardfuse::pairwise::Gradients;
 using rewardfuse::pairwise::Problem;
-using rewardfuse::pairwise::Reduction;
 
 // Caps registers at what keeps this many blocks on a multiprocessor: left to itself ptxas spills a few bytes.
 template <class T>
