@@ -1,13 +1,18 @@
 # The Python module rewardfuse._C. Sources are listed by name: a new op adds its lines here.
 
-set(cpu_kernels kernels/bradley_terry/cpu.cpp kernels/bradley_terry_tie/cpu.cpp)
-set(cuda_kernels kernels/bradley_terry/cuda.cu kernels/bradley_terry_tie/cuda.cu)
+set(ops all_pairs bradley_terry bradley_terry_tie plackett_luce)
+list(TRANSFORM ops REPLACE "(.+)" "kernels/\\1/cpu.cpp" OUTPUT_VARIABLE cpu_kernels)
+list(TRANSFORM ops REPLACE "(.+)" "kernels/\\1/cuda.cu" OUTPUT_VARIABLE cuda_kernels)
 set(host_sources
     csrc/bindings.cpp
-    csrc/autograd/pairwise.cpp
-    csrc/autograd/pairwise_cuda.cpp
+    csrc/autograd/all_pairs.cpp
     csrc/autograd/bradley_terry.cpp
     csrc/autograd/bradley_terry_tie.cpp
+    csrc/autograd/lists.cpp
+    csrc/autograd/lists_cuda.cpp
+    csrc/autograd/pairwise.cpp
+    csrc/autograd/pairwise_cuda.cpp
+    csrc/autograd/plackett_luce.cpp
     csrc/common/instruction_set.cpp)
 
 if(NOT CMAKE_BUILD_TYPE)

@@ -23,4 +23,17 @@ at::Tensor bradley_terry_tie_loss(const at::Tensor& first, const at::Tensor& sec
                                   double log_tie_value, double weight_value, double normalizer_value, int64_t model,
                                   int64_t reduction);
 
+// order and the rest by item, [*, N] or packed [total]; position_weight and item_weight: u and v of
+// kernels/plackett_luce/args.h.
+at::Tensor plackett_luce_loss(const at::Tensor& scores, const OptionalTensor& order, const OptionalTensor& cu_seqlens,
+                              const OptionalTensor& lengths, const OptionalTensor& mask, const OptionalTensor& top_k,
+                              const OptionalTensor& position_weight, const OptionalTensor& item_weight,
+                              const OptionalTensor& weight, const OptionalTensor& normalizer, int64_t top_k_value,
+                              double weight_value, double normalizer_value, int64_t reduction);
+
+at::Tensor all_pairs_loss(const at::Tensor& scores, const at::Tensor& labels, const OptionalTensor& lengths,
+                          const OptionalTensor& mask, const OptionalTensor& margin, const OptionalTensor& weight,
+                          const OptionalTensor& normalizer, double margin_value, double weight_value,
+                          double normalizer_value, int64_t reduction);
+
 }  // namespace rewardfuse

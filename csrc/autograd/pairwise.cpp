@@ -2,9 +2,8 @@
 
 #include <ATen/ATen.h>
 
-#include <cmath>
-
 #include "autograd/pairwise_cuda.h"
+#include "autograd/reduction.h"
 #include "common/parallel.h"
 
 namespace rewardfuse::pairwise {
@@ -24,17 +23,7 @@ void check(const Names& names, const Inputs& in) {
                      dtype_name(*in.mask));
     check_like("mask", *in.mask, names.a, in.a);
   }
-  TORCH_CHECK_VALUE(in.reduction >= Reduction::kNone && in.reduction <= Reduction::kMean,
-                    "reduction: expected 0 (none), 1 (sum) or 2 (mean), got ", static_cast<int>(in.reduction));
-  if (!in.has_normalizer()) return;
-  TORCH_CHECK_VALUE(in.reduction == Reduction::kMean, "normalizer: expected only with reduction=\"mean\"");
-  if (present(in.normalizer)) {
-    TORCH_CHECK_VALUE(in.normalizer->dim() == 0, "normalizer: expected a positive number or a 0-d tensor, got shape ",
-                      in.normalizer->sym_sizes());
-    check_per_item("normalizer", in.normalizer, names.a, in.a);
-  } else {
-    TORCH_CHECK_VALUE(in.numbers[3] > 0, "normalizer: expected a positive number or a 0-d tensor, got ", in.numbers[3]);
-  }
+  check_reduction(in.reduction, in.normalizer, in.numbers[3], names.a, in.a);
 }
 
 void check_backward(const Names& names, const Inputs& in, const at::Tensor& grad_output,
@@ -47,10 +36,6 @@ void check_backward(const Names& names, const Inputs& in, const at::Tensor& grad
   TORCH_CHECK_VALUE(present(denominator) && denominator->dim() == 0 && denominator->scalar_type() == at::kDouble,
                     "denominator: expected the 0-d float64 tensor that forward returned");
   check_per_item("denominator", denominator, names.a, in.a);
-}
-
-at::TensorOptions loss_options(const at::Tensor& rewards) {
-  return rewards.options().dtype(rewards.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
 at::Tensor empty_or_none(const at::Tensor& like, bool wanted) {
@@ -68,34 +53,12 @@ void describe(const Inputs& in, Problem& problem, PlaneLayout& layout) {
   for (int i = 0; i < 3; ++i) problem.options[i] = in.options()[i];
 }
 
-double cpu_normalizer(const Inputs& in) {
-  const double value = present(in.normalizer) ? in.normalizer->item().toDouble() : in.numbers[3];
-  TORCH_CHECK_VALUE(value > 0, "normalizer: expected a positive number or a 0-d tensor, got ", value);
-  return value;
-}
-
-void write(const at::Tensor& out, std::initializer_list<double> values) {
-  int64_t i = 0;
-  for (const double value : values) {
-    if (out.scalar_type() == at::kDouble) {
-      out.mutable_data_ptr<double>()[i++] = value;
-    } else {
-      out.mutable_data_ptr<float>()[i++] = static_cast<float>(value);
-    }
-  }
-}
-
-double mean(double sum, double count) { return count > 0 ? sum / count : 0; }
-
 }  // namespace
 
 void check_public(const Names& names, const Inputs& in) {
-  const auto constant = [](const char* name, const OptionalTensor& t) {
-    TORCH_CHECK_VALUE(!present(t) || !t->requires_grad(), name, ": expected a tensor that requires no gradient");
-  };
-  constant("weight", in.weight);
-  constant(names.q, in.q);
-  constant("normalizer", in.normalizer);
+  check_constant("weight", in.weight);
+  check_constant(names.q, in.q);
+  check_constant("normalizer", in.normalizer);
 }
 
 Selected::Selected(const Inputs& in) {
@@ -151,16 +114,17 @@ Tensors3 forward(const Names& names, const Kernels& kernels, const Inputs& in, b
     kernels.cpu.forward(problem, begin, end, items, range);
   });
   if (totals.invalid > 0) raise_invalid(in);
-  if (in.reduction == Reduction::kSum) write(loss, {totals.loss});
+  if (in.reduction == Reduction::kSum) write_numbers(loss, {totals.loss});
   if (in.reduction == Reduction::kMean) {
-    write(loss, {mean(totals.loss, in.has_normalizer() ? cpu_normalizer(in) : totals.valid)});
+    write_numbers(loss, {mean_or_zero(totals.loss, in.has_normalizer() ? cpu_normalizer(in.normalizer, in.numbers[3])
+                                                                       : totals.valid)});
   }
   if (return_stats) {
     const double n = totals.counted;
-    write(stats, {mean(totals.correct, n), mean(totals.ties, n), mean(totals.a - totals.b, n), mean(totals.a, n),
-                  mean(totals.b, n)});
+    write_numbers(stats, {mean_or_zero(totals.correct, n), mean_or_zero(totals.ties, n),
+                          mean_or_zero(totals.a - totals.b, n), mean_or_zero(totals.a, n), mean_or_zero(totals.b, n)});
   }
-  if (in.counts()) write(denominator, {totals.valid});
+  if (in.counts()) write_numbers(denominator, {totals.valid});
   return {loss, stats, denominator};
 }
 
@@ -186,13 +150,13 @@ Tensors3 backward(const Names& names, const Kernels& kernels, const Inputs& in, 
     out.p_dtype = *kernel_dtype(in.p->scalar_type());
   }
   if (in.reduction == Reduction::kMean && !in.counts() && !in.has_normalizer())
-    out.scale = mean(1, problem.plane.items);
+    out.scale = mean_or_zero(1, problem.plane.items);
   if (in.a.is_cuda()) {
     launch_backward(kernels.cuda, in, problem, out, denominator);
     return {grad_a, grad_b, grad_p};
   }
-  if (in.counts()) out.scale = mean(1, *denominator->const_data_ptr<double>());
-  if (in.has_normalizer()) out.scale = 1 / cpu_normalizer(in);
+  if (in.counts()) out.scale = mean_or_zero(1, *denominator->const_data_ptr<double>());
+  if (in.has_normalizer()) out.scale = 1 / cpu_normalizer(in.normalizer, in.numbers[3]);
   const Totals totals = sum_over_ranges<Totals>(problem.plane.items, [&](int64_t begin, int64_t end, Totals& range) {
     kernels.cpu.backward(problem, out, begin, end, range);
   });

@@ -13,6 +13,7 @@
 #include <array>
 #include <tuple>
 
+#include "autograd/reduction.h"
 #include "common/check.h"
 #include "pairwise/kernels.h"
 
@@ -40,7 +41,7 @@ struct Inputs {
     TORCH_CHECK_VALUE(numbers.size() == Numbers{}.size(), "numbers: expected 7 of them, got ", numbers.size());
     return numbers.slice(4);
   }
-  bool has_normalizer() const { return present(normalizer) || numbers[3] != 0; }
+  bool has_normalizer() const { return rewardfuse::has_normalizer(normalizer, numbers[3]); }
   // The mean's denominator is known only to the kernel that reads the mask.
   bool counts() const { return reduction == Reduction::kMean && present(mask) && !has_normalizer(); }
 };

@@ -20,7 +20,7 @@ struct Problem {
 namespace rewardfuse {
 
 struct AllPairsCpu {
-  int64_t (*scratch_bytes)(const all_pairs::Problem&);
+  int64_t (*scratch_bytes)(const all_pairs::Problem&);  // of a range of lists
   // Lists [begin, end). `loss` is [count] or null; `pairs` is [count].
   void (*forward)(const all_pairs::Problem&, int64_t begin, int64_t end, void* scratch, void* loss, double* pairs,
                   lists::Totals&);

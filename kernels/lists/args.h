@@ -9,7 +9,8 @@ namespace rewardfuse::lists {
 // List r holds the scores at r·outer + i·inner for i < size; or, packed, those from cu_seqlens[r] to cu_seqlens[r + 1].
 struct Lists {
   int64_t count = 0;
-  int64_t size = 0;  // items a padded list; packed: items of all lists
+  int64_t size = 0;     // items a padded list; packed: items of all lists
+  int64_t longest = 0;  // items of the longest list; unknown (0) to CUDA where packed
   DType dtype = DType::kFloat32;
   Operand scores;                       // [count, size] or [size]
   const int64_t* cu_seqlens = nullptr;  // [count + 1]; null: padded
@@ -35,8 +36,8 @@ struct Totals {
 struct Gradients {
   Operand grad_output;
   double scale = 1;
-  void* scores = nullptr;         // contiguous, in the storage type and shape of the scores
-  const void* saved = nullptr;    // what forward left for the op's backward
+  void* scores = nullptr;       // contiguous, in the storage type and shape of the scores
+  const void* saved = nullptr;  // what forward left for the op's backward
   // CUDA only, read on the device so that nothing waits: the mean's count of lists, a normalizer, and each list's
   // loss: where that is NaN, so is the list's gradient.
   const double* denominator = nullptr;

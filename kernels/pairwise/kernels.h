@@ -13,8 +13,8 @@ struct PairKernelsCpu {
 };
 
 struct PairKernelsCuda {
-  void (*forward)(const pairwise::Problem&, const pairwise::CudaForward&, const pairwise::CudaLaunch&);
-  void (*backward)(const pairwise::Problem&, const pairwise::Gradients&, const pairwise::CudaLaunch&);
+  void (*forward)(const pairwise::Problem&, const pairwise::CudaForward&, const CudaLaunch&);
+  void (*backward)(const pairwise::Problem&, const pairwise::Gradients&, const CudaLaunch&);
 };
 
 RF_CPU_VARIANTS(PairKernelsCpu, bradley_terry)

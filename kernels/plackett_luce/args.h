@@ -18,8 +18,8 @@ struct Problem {
   Operand order;                   // integers [count, size] or [size], indices within the list; no data: as they stand
   const int64_t* top_k = nullptr;  // [count]; null: top_k_value for all, where 0 means every position
   int64_t top_k_value = 0;
-  Operand position_weight;         // u; no data: 1
-  Operand item_weight;             // v; no data: u
+  Operand position_weight;  // u; no data: 1
+  Operand item_weight;      // v; no data: u
 };
 
 // log Σ e^s of the positions from some place on: max + log(sum). Forward saves one for the end of each chunk but the
@@ -36,8 +36,7 @@ RF_HD int64_t saved_at(const lists::Lists& lists, int64_t r) {
 namespace rewardfuse {
 
 struct PlackettLuceCpu {
-  // Bytes of scratch that a range of lists needs, the longest of them of so many items.
-  int64_t (*scratch_bytes)(const plackett_luce::Problem&, int64_t longest);
+  int64_t (*scratch_bytes)(const plackett_luce::Problem&);  // of a range of lists
   // Lists [begin, end). `loss` is [count] or null, `saved` the states at the ends of chunks or null.
   void (*forward)(const plackett_luce::Problem&, int64_t begin, int64_t end, void* scratch, void* loss, void* saved,
                   lists::Totals&);

@@ -1,0 +1,114 @@
+// What the ops on lists share on torch's side: checks, how a kernel sees the tensors, threads.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <memory>
+#include <vector>
+
+#include "autograd/reduction.h"
+#include "common/check.h"
+#include "common/parallel.h"
+#include "lists/args.h"
+
+namespace rewardfuse::lists {
+
+struct Inputs {
+  const at::Tensor& scores;          // [*, N], or packed [total]
+  const OptionalTensor& cu_seqlens;  // [lists + 1] integers
+  const OptionalTensor& lengths;     // [*] integers
+  const OptionalTensor& mask;        // [*, N] bool
+  const OptionalTensor& weight;      // [*] or []
+  const OptionalTensor& normalizer;  // []
+  double weight_value;
+  double normalizer_value;
+  Reduction reduction;
+
+  // [*]: the lists' own shape.
+  std::vector<c10::SymInt> shape() const;
+  // The mean's denominator is the number of lists that the kernel counts.
+  bool counts() const { return reduction == Reduction::kMean && !has_normalizer(normalizer, normalizer_value); }
+};
+
+// The checks of ops/_lists.py, in the same words.
+void check_integers(const char* name, const at::Tensor& t);
+void check_per_list(const char* name, const OptionalTensor& t, const Inputs& in, bool scalar);
+void check_by_position(const char* name, const OptionalTensor& t, const at::Tensor& scores);
+void check_items(const Inputs& in);
+void check_weight(const Inputs& in);
+void check_backward(const Inputs& in, const at::Tensor& grad_output, const at::Tensor& list_loss,
+                    const at::Tensor& denominator);
+
+// The lists as a kernel sees them. Keeps what had to be copied; checks the values of lengths and bounds on the CPU.
+class View {
+ public:
+  explicit View(const Inputs& in);
+
+  Lists lists;
+  // An operand that comes once an item, or once a position for all lists; once a list.
+  void per_item(Operand& operand, const at::Tensor& t);
+  void per_list(Operand& operand, const at::Tensor& t);
+  const int64_t* integers(const at::Tensor& t);  // [count], int64, contiguous
+
+ private:
+  const Inputs& in_;
+  std::vector<at::Tensor> kept_;
+};
+
+// f(first list, end, scratch, totals) over ranges of lists of about one number of scores each.
+template <class F>
+Totals sum_over_lists(const Lists& lists, int64_t scratch_bytes, const F& f) {
+  constexpr int64_t kSmallest = 8192, kLanes = 16;  // scores; lists that one pass takes side by side
+  const auto run = [&](int64_t begin, int64_t end, Totals& totals) {
+    if (begin == end) return;
+    const std::unique_ptr<uint8_t[]> scratch(new uint8_t[scratch_bytes]);
+    f(begin, end, scratch.get(), totals);
+  };
+  const int64_t scores = lists.cu_seqlens ? lists.size : lists.count * lists.size;
+  const int64_t ranges = std::clamp<int64_t>(scores / kSmallest, 1, kMostRanges);
+  if (lists.cu_seqlens) {
+    const auto bound = [&](int64_t i) {
+      if (i >= ranges) return lists.count;
+      const int64_t at = lists.size / ranges * i;
+      return std::lower_bound(lists.cu_seqlens, lists.cu_seqlens + lists.count, at) - lists.cu_seqlens;
+    };
+    return sum_over_bounds<Totals>(ranges, bound, run);
+  }
+  int64_t length = (lists.count + ranges - 1) / ranges;
+  if (lists.size <= 128) length = (length + kLanes - 1) / kLanes * kLanes;
+  length = std::max<int64_t>(length, 1);
+  const auto bound = [&](int64_t i) { return std::min(lists.count, i * length); };
+  return sum_over_bounds<Totals>((lists.count + length - 1) / length, bound, run);
+}
+
+// What a forward returns, allocated: loss, list_loss [count] ([0] for "none"), denominator [] or [0].
+struct Results {
+  explicit Results(const Inputs& in);
+  at::Tensor loss, list_loss, denominator;
+
+  void* list_losses(const Inputs& in) const {
+    return (in.reduction == Reduction::kNone ? loss : list_loss).mutable_data_ptr();
+  }
+  void write(const Inputs& in, const Totals& totals) const;  // on the CPU
+  CudaForward cuda(const Inputs& in, void* saved) const;
+};
+
+// The factor of a list's gradient; on CUDA what the kernel needs to find it.
+void set_scale(Gradients& out, const Inputs& in, const at::Tensor& list_loss, const at::Tensor& denominator);
+
+}  // namespace rewardfuse::lists
+
+// The CUDA key is registered in every build: without CUDA kernels it says so by name.
+#define REWARDFUSE_REGISTER_LIST_OP(name, forward_kernel, backward_kernel) \
+  TORCH_LIBRARY_IMPL(rewardfuse, CPU, m) {                                 \
+    m.impl(name "_forward", &forward_kernel);                              \
+    m.impl(name "_backward", &backward_kernel);                            \
+  }                                                                        \
+  TORCH_LIBRARY_IMPL(rewardfuse, CUDA, m) {                                \
+    m.impl(name "_forward", &forward_kernel);                              \
+    m.impl(name "_backward", &backward_kernel);                            \
+  }                                                                        \
+  TORCH_LIBRARY_IMPL(rewardfuse, Meta, m) {                                \
+    m.impl(name "_forward", &forward_kernel);                              \
+    m.impl(name "_backward", &backward_kernel);                            \
+  }

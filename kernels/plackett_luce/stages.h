@@ -1,0 +1,264 @@
+// The stages of a tile, in registers: column c holds the c-th position of every lane.
+//
+// A tile is either `lanes` short lists side by side, each lane a list, or a piece of one long list cut into `lanes`
+// runs of positions that follow one another. The second kind takes a pass more: each run first on its own, then what
+// stands behind it (forward: the sum of later runs; backward: the Q of earlier ones) comes in through one number a run.
+#pragma once
+
+#include "common/simd.h"
+#include "plackett_luce/math.h"
+
+namespace rewardfuse::REWARDFUSE_TARGET::plackett_luce {
+
+template <class T>
+constexpr T kLowest = sizeof(T) == 4 ? T(-0x1.fffffep127) : T(-0x1.fffffffffffffp1023);
+
+// A tile and its companions, all of them columns of registers.
+template <class T>
+struct Tile {
+  using V = typename Lanes<T>::Reg;
+  V* score = nullptr;  // −inf where a lane has ended; backward leaves the gradient here
+  V* keep = nullptr;   // of the step to this position, then r
+  V* add = nullptr;    // likewise, then p
+  V* sum = nullptr;    // of the run from this position on, relative to the largest score from here on
+  V* scale = nullptr;  // what a sum behind the run is worth relative to that
+  V* u = nullptr;      // weights by position, 0 beyond the observed ones; null: 1 at observed positions
+  V* v = nullptr;      // null: u
+  int64_t columns = 0;
+  typename Lanes<T>::Mask observed{};  // how many positions of each lane are
+  int64_t all_observed = 0;            // the least of them
+  V first{};                           // the first score of the lane's list
+};
+
+// Σ u·L − v·s. Where every weight is 1, Σ log(sum) is the log of a product: exponents are added, mantissas multiplied,
+// so that a stage costs four instructions and not a logarithm.
+template <class T>
+class StageLoss {
+  using V = typename Lanes<T>::Reg;
+  using Mask = typename Lanes<T>::Mask;
+  static constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52;
+  static constexpr int kBias = sizeof(T) == 4 ? 127 : 1023;
+
+ public:
+  // The position's own excess over its score, max − s.
+  RF_HD void add_excess(V max, V score) { excess_ += max - score; }
+  RF_HD void add_excess(V max, V score, Mask observed) { excess_ += observed ? max - score : V{}; }
+  RF_HD void add_log(V sum) {
+    const Mask bits = (Mask)sum;
+    exponent_ += bits >> kMantissa;
+    ++stages_;
+    product_ *= mantissa(bits);
+  }
+  RF_HD void add_log(V sum, Mask observed) {
+    const Mask bits = (Mask)sum;
+    exponent_ += observed ? (bits >> kMantissa) - kBias : Mask{};
+    product_ *= observed ? mantissa(bits) : broadcast(T(1));
+  }
+  RF_HD void add_weighted(V max, V sum, V score, V u, const V* v, V first) {
+    const V log_sum = log_nonnegative(sum);
+    if (v == nullptr) {
+      excess_ += u == 0.0f ? V{} : u * ((max - score) + log_sum);
+    } else {
+      excess_ += u == 0.0f ? V{} : u * ((max - first) + log_sum);
+      excess_ -= *v == 0.0f ? V{} : *v * (score - first);
+    }
+  }
+  // Before the product of mantissas in [1, 2) could overflow.
+  RF_HD void fold() {
+    logs_ += log_nonnegative(product_);
+    product_ = broadcast(T(1));
+  }
+  RF_HD V total() const {
+    const Mask exponent = exponent_ - kBias * stages_;
+    return excess_ + (logs_ + log_nonnegative(product_)) +
+           __builtin_convertvector(exponent, V) * T(0.69314718055994530942);
+  }
+
+ private:
+  static RF_HD V mantissa(Mask bits) {
+    const Mask one = (Mask)broadcast(T(1));
+    return (V)((bits & ((typename Lanes<T>::Int(1) << kMantissa) - 1)) | one);
+  }
+
+  V excess_{}, logs_{}, product_ = broadcast(T(1));
+  Mask exponent_{};
+  typename Lanes<T>::Int stages_ = 0;
+};
+constexpr int64_t kFold = 64;
+
+template <class T>
+RF_HD Suffix<typename Lanes<T>::Reg> nothing() {
+  return {broadcast(kLowest<T>), typename Lanes<T>::Reg{}};
+}
+
+// Calls f(c, whether every lane's position c is observed) for the columns from the last to the first.
+template <class F>
+RF_HD void from_last(int64_t columns, int64_t all_observed, F&& f) {
+  int64_t c = columns - 1;
+  for (; c >= all_observed; --c) f(c, std::false_type{});
+  for (; c >= 0; --c) f(c, std::true_type{});
+}
+
+template <class T>
+RF_HD typename Lanes<T>::Mask is_observed(const Tile<T>& tile, int64_t c) {
+  return tile.observed > static_cast<typename Lanes<T>::Int>(c);
+}
+
+// Lists side by side: the loss of each lane's list.
+template <bool weighted, class T>
+typename Lanes<T>::Reg short_forward(const Tile<T>& tile) {
+  using V = typename Lanes<T>::Reg;
+  StageLoss<T> loss;
+  auto suffix = nothing<T>();
+  from_last(tile.columns, tile.all_observed, [&](int64_t c, auto all) __attribute__((always_inline)) {
+    const V score = tile.score[c];
+    put_in_front(suffix, score);
+    if constexpr (weighted) {
+      loss.add_weighted(suffix.max, suffix.sum, score, tile.u[c], tile.v ? tile.v + c : nullptr, tile.first);
+    } else {
+      if constexpr (all) {
+        loss.add_excess(suffix.max, score);
+        loss.add_log(suffix.sum);
+      } else {
+        loss.add_excess(suffix.max, score, is_observed(tile, c));
+        loss.add_log(suffix.sum, is_observed(tile, c));
+      }
+      if (c % kFold == 0) loss.fold();
+    }
+  });
+  return suffix.sum == suffix.sum ? loss.total() : suffix.sum;  // a NaN behind the observed positions
+}
+
+// From keep and add, with the sums from and behind a position, to r and p.
+template <class T>
+RF_HD void step_to_ratios(const Tile<T>& tile, int64_t c, typename Lanes<T>::Reg sum, typename Lanes<T>::Reg behind,
+                          Step<typename Lanes<T>::Reg> step) {
+  const auto inverse = 1.0f / sum;
+  tile.add[c] = step.add * inverse;
+  tile.keep[c] = behind * step.keep * inverse;
+}
+
+// Q from the first column to the last, and the gradient in place of the scores. `carried` is r·Q of what stands before.
+template <bool weighted, class T>
+void gradient_from_ratios(const Tile<T>& tile, typename Lanes<T>::Reg carried, typename Lanes<T>::Reg factor) {
+  using V = typename Lanes<T>::Reg;
+  const V one = broadcast(T(1));
+  const auto column = [&](int64_t c, V u, V v) __attribute__((always_inline)) {
+    const V q = u + carried;
+    tile.score[c] = (tile.add[c] * q - v) * factor;
+    carried = q * tile.keep[c];
+  };
+  if constexpr (weighted) {
+    for (int64_t c = 0; c < tile.columns; ++c) column(c, tile.u[c], tile.v ? tile.v[c] : tile.u[c]);
+  } else {
+    const int64_t all = tile.all_observed < tile.columns ? tile.all_observed : tile.columns;
+    for (int64_t c = 0; c < all; ++c) column(c, one, one);
+    for (int64_t c = all; c < tile.columns; ++c) {
+      const V u = is_observed(tile, c) ? one : V{};
+      column(c, u, u);
+    }
+  }
+}
+
+template <bool weighted, class T>
+void short_backward(const Tile<T>& tile, typename Lanes<T>::Reg factor) {
+  auto suffix = nothing<T>();
+  for (int64_t c = tile.columns - 1; c >= 0; --c) {
+    const auto behind = suffix.sum;
+    const auto step = put_in_front(suffix, tile.score[c]);
+    step_to_ratios(tile, c, suffix.sum, behind, step);
+  }
+  gradient_from_ratios<weighted>(tile, typename Lanes<T>::Reg{}, factor);
+}
+
+// A piece of one list, lane by lane on its own: fills sum, scale, and keep and add where asked. Leaves `behind.sum`
+// with the sum behind each lane, and `carry` with the state in front of the piece.
+template <bool backward, class T, class F>
+void runs(const Tile<T>& tile, Suffix<T>& carry, Suffix<typename Lanes<T>::Reg>& behind, F&& each) {
+  using V = typename Lanes<T>::Reg;
+  constexpr int lanes = Lanes<T>::count;
+  V top = broadcast(kLowest<T>);
+  for (int64_t c = 0; c < tile.columns; ++c) top = tile.score[c] > top ? tile.score[c] : top;
+  T max_behind = carry.max;
+  for (int j = lanes - 1; j >= 0; --j) {
+    behind.max[j] = max_behind;
+    max_behind = top[j] > max_behind ? top[j] : max_behind;
+  }
+  Suffix<V> suffix{behind.max, {}};
+  V scale = broadcast(T(1));
+  for (int64_t c = tile.columns - 1; c >= 0; --c) {
+    const V score = tile.score[c];
+    const auto step = put_in_front(suffix, score);
+    scale *= step.keep;
+    tile.sum[c] = suffix.sum;
+    tile.scale[c] = scale;
+    if constexpr (backward) {
+      tile.keep[c] = step.keep;
+      tile.add[c] = step.add;
+    }
+    each(c, suffix.max, score);
+  }
+  T sum_behind = carry.sum;
+  for (int j = lanes - 1; j >= 0; --j) {
+    behind.sum[j] = sum_behind;
+    sum_behind = suffix.sum[j] + sum_behind * scale[j];
+  }
+  carry = {max_behind, sum_behind};
+}
+
+// The loss of a piece; `carry` is the state behind it and becomes the one in front of it.
+template <bool weighted, class T>
+double long_forward(const Tile<T>& tile, Suffix<T>& carry) {
+  using V = typename Lanes<T>::Reg;
+  StageLoss<T> loss;
+  Suffix<V> behind;
+  const auto sum_at = [&](int64_t c)
+                          __attribute__((always_inline)) { return tile.sum[c] + tile.scale[c] * behind.sum; };
+  if constexpr (weighted) {
+    runs<false>(tile, carry, behind, [&](int64_t c, V max, V) { tile.add[c] = max; });
+    for (int64_t c = 0; c < tile.columns; ++c) {
+      loss.add_weighted(tile.add[c], sum_at(c), tile.score[c], tile.u[c], tile.v ? tile.v + c : nullptr, tile.first);
+    }
+  } else {
+    runs<false>(tile, carry, behind, [&](int64_t c, V max, V score) __attribute__((always_inline)) {
+      if (c < tile.all_observed) return loss.add_excess(max, score);
+      loss.add_excess(max, score, is_observed(tile, c));
+    });
+    from_last(tile.columns, tile.all_observed, [&](int64_t c, auto all) __attribute__((always_inline)) {
+      if constexpr (all) {
+        loss.add_log(sum_at(c));
+      } else {
+        loss.add_log(sum_at(c), is_observed(tile, c));
+      }
+      if (c % kFold == 0) loss.fold();
+    });
+  }
+  return sum_lanes(loss.total());
+}
+
+// The gradient of a piece; `carry` is the state behind it, `carried` is r·Q of what stands before it and becomes that
+// of what stands before the next piece.
+template <bool weighted, class T>
+void long_backward(const Tile<T>& tile, Suffix<T> carry, T& carried, T factor) {
+  using V = typename Lanes<T>::Reg;
+  Suffix<V> behind;
+  runs<true>(tile, carry, behind, [](int64_t, V, V) {});
+  // A run maps the r·Q before it to `offset` + `slope` times it.
+  V offset{}, slope = broadcast(T(1)), sum_behind = behind.sum;
+  for (int64_t c = tile.columns - 1; c >= 0; --c) {
+    const V sum = tile.sum[c] + tile.scale[c] * behind.sum;
+    step_to_ratios(tile, c, sum, sum_behind, {tile.keep[c], tile.add[c]});
+    sum_behind = sum;
+    slope *= tile.keep[c];
+    const V u = weighted ? tile.u[c] : is_observed(tile, c) ? broadcast(T(1)) : V{};
+    offset += slope * u;
+  }
+  V before;
+  for (int j = 0; j < Lanes<T>::count; ++j) {
+    before[j] = carried;
+    carried = offset[j] + slope[j] * carried;
+  }
+  gradient_from_ratios<weighted>(tile, before, broadcast(factor));
+}
+
+}  // namespace rewardfuse::REWARDFUSE_TARGET::plackett_luce
