@@ -8,7 +8,7 @@ import torch
 
 from rewardfuse.batching import PairCollator, PairDataset, longest_input, pad, render, tokenize
 from rewardfuse.byte_tokenizer import byte_tokenizer
-from rewardfuse.data import DataError, PreferencePair, read_pairs, split_pairs
+from rewardfuse.data import DataError, PreferencePair, read_pairs, split_held_out
 
 GOOD = {"chosen": "yes", "rejected": "no"}
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -128,17 +128,17 @@ def test_truncated_and_false_gzip_are_refused(tmp_path):
         read_pairs(str(path))
 
 
-def test_split_is_the_same_for_the_same_seed_and_loses_no_pair():
+def test_split_is_the_same_for_the_same_seed_and_loses_no_record():
     pairs = [PreferencePair(str(index), "") for index in range(50)]
-    train, held_out = split_pairs(pairs, 0.2, seed=1)
-    assert split_pairs(pairs, 0.2, seed=1) == (train, held_out) == split_pairs(pairs, 10, seed=1)
+    train, held_out = split_held_out(pairs, 0.2, seed=1)
+    assert split_held_out(pairs, 0.2, seed=1) == (train, held_out) == split_held_out(pairs, 10, seed=1)
     assert len(held_out) == 10 and sorted(train + held_out, key=lambda pair: int(pair.chosen)) == pairs
-    assert split_pairs(pairs, 0.2, seed=2)[1] != held_out
-    assert split_pairs(pairs, 0, seed=1) == (pairs, [])
-    assert len(split_pairs(pairs[:3], 0.1, seed=1)[1]) == 1
+    assert split_held_out(pairs, 0.2, seed=2)[1] != held_out
+    assert split_held_out(pairs, 0, seed=1) == (pairs, [])
+    assert len(split_held_out(pairs[:3], 0.1, seed=1)[1]) == 1
     for refused in (50, 2.5, -1, 1000):
         with pytest.raises(ValueError, match="eval_split must be"):
-            split_pairs(pairs, refused, seed=1)
+            split_held_out(pairs, refused, seed=1)
 
 
 def test_byte_tokenizer_gives_back_every_byte_and_survives_saving(tokenizer, tmp_path):

@@ -40,10 +40,10 @@ def pairs(**columns):
     )
 
 
-def make_trainer(module, folder, tokenizer, dataset, config=None, **options):
-    """A trainer of ``module`` (trl or the drop-in) around the same tiny model."""
+def make_model(tokenizer):
+    """A tiny model, the same one every time."""
     torch.manual_seed(1)
-    model = LlamaForSequenceClassification(
+    return LlamaForSequenceClassification(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=16,
@@ -56,6 +56,10 @@ def make_trainer(module, folder, tokenizer, dataset, config=None, **options):
             initializer_range=0.4,  # reward differences of order 1, where the sigmoid is not linear
         )
     )
+
+
+def make_trainer(module, folder, tokenizer, dataset, config=None, **options):
+    """A trainer of ``module`` (trl or the drop-in) around the same tiny model."""
     arguments = {"max_steps": STEPS, "logging_steps": 1, "learning_rate": 3e-3, "seed": 7, **options}
     args = (config or module.RewardConfig)(
         output_dir=str(folder),
@@ -69,6 +73,7 @@ def make_trainer(module, folder, tokenizer, dataset, config=None, **options):
         disable_tqdm=True,
         **arguments,
     )
+    model = make_model(tokenizer)
     return module.RewardTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=dataset)
 
 

@@ -1,4 +1,4 @@
-"""The ``transformers`` Trainer with the pair loss, atomic checkpoints and a stop at NaN; imported only when
+"""The ``transformers`` Trainer with our losses, atomic checkpoints and a stop at NaN; imported only when
 training."""
 
 import contextlib
@@ -12,15 +12,13 @@ import torch
 import transformers
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-import rewardfuse
 from rewardfuse._callbacks import Progress, SaveWhole
 from rewardfuse._files import STAGING, atomic_file, publish_files, publish_folder, remove_folder, staging_folder
-from rewardfuse.batching import PairCollator, PairDataset
-from rewardfuse.data import PAIR_NUMBERS
-from rewardfuse.reward_model import RewardModel, pair_loss, quiet_transformers
+from rewardfuse._objectives import ListObjective, PairObjective
+from rewardfuse.batching import TokenizedDataset
+from rewardfuse.reward_model import RewardModel, quiet_transformers
 from rewardfuse.train import JOURNAL_FILE, METRICS_FILE, OPTIONS_FILE, TrainOptions, list_checkpoints
 
-_TRAIN_METRICS = ("accuracy", "tie_rate", "margin", "chosen_reward", "rejected_reward")
 _TIMINGS = ("_runtime", "_per_second", "_flos", "train_loss")  # not the same in every run, so not in metrics.jsonl
 
 
@@ -31,12 +29,13 @@ class NonFiniteLossError(ValueError):
 def build_trainer(
     model: RewardModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
-    train_set: PairDataset,
-    eval_set: PairDataset | None,
+    objective: PairObjective | ListObjective,
+    train_set: TokenizedDataset,
+    eval_set: TokenizedDataset | None,
     options: TrainOptions,
     record: dict[str, Any],
     callbacks: Sequence[transformers.TrainerCallback],
-) -> "PairTrainer":
+) -> "RewardTrainer":
     """Assemble the trainer of :func:`rewardfuse.train.train_reward_model`."""
     if options.gradient_checkpointing:
         enable = getattr(model.backbone, "activation_checkpointing_enable", None)  # the name since transformers 5.2x
@@ -44,14 +43,15 @@ def build_trainer(
     callbacks = [SaveWhole(), *callbacks]
     if options.early_stopping_patience is not None:
         callbacks.append(transformers.EarlyStoppingCallback(options.early_stopping_patience))
-    return PairTrainer(
+    return RewardTrainer(
         model=model,
         args=_arguments(options, evaluates=eval_set is not None),
-        data_collator=PairCollator(tokenizer),
+        data_collator=objective.collator(tokenizer),
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=tokenizer,
         callbacks=callbacks,
+        objective=objective,
         options=options,
         record=record,
     )
@@ -84,16 +84,17 @@ def _arguments(options: TrainOptions, evaluates: bool) -> transformers.TrainingA
     )
 
 
-class PairTrainer(transformers.Trainer):
-    """Trainer for :class:`rewardfuse.data.PreferencePair` batches; metrics stay on the device between log lines."""
+class RewardTrainer(transformers.Trainer):
+    """Trainer for an objective's batches; metrics stay on the device between log lines."""
 
-    def __init__(self, *, options: TrainOptions, record: dict[str, Any], **kwargs: Any):
-        super().__init__(compute_metrics=self._pair_metrics, **kwargs)
-        self.options, self.record = options, record
-        self.loss_options = {
-            name: getattr(options, name) for name in ("label_smoothing", "beta", "center_rewards_coefficient")
-        }
-        self._sums = torch.zeros(1 + len(_TRAIN_METRICS), dtype=torch.float64, device=self.args.device)
+    def __init__(
+        self, *, objective: PairObjective | ListObjective, options: TrainOptions, record: dict[str, Any], **kwargs: Any
+    ):
+        super().__init__(compute_metrics=self._evaluation_metrics, **kwargs)
+        self.objective, self.options, self.record = objective, options, record
+        self._sums_and_counts = torch.zeros(
+            (2, len(objective.train_metrics)), dtype=torch.float64, device=self.args.device
+        )
         self._first_bad_step = torch.tensor(math.inf, dtype=torch.float64, device=self.args.device)
         self._stage: Path | None = None
         for callback in list(self.callback_handler.callbacks):
@@ -141,12 +142,10 @@ class PairTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The mean over this batch's pairs; the Trainer averages accumulated batches."""
+        """The mean over this batch's pairs or lists; the Trainer averages accumulated batches."""
         rewards = model(inputs["input_ids"], inputs["attention_mask"])  # not model.loss: DDP works by its own forward
-        loss, stats = pair_loss(rewards, inputs, **self.loss_options)
-        pairs = len(rewards) // 2
-        values = torch.stack([torch.ones_like(loss), *stats]).detach().double()
-        self._sums += values * pairs
+        loss, sums_and_counts = self.objective.loss(rewards, inputs)
+        self._sums_and_counts += sums_and_counts
         marked = self._first_bad_step.clamp(max=self.state.global_step + 1)
         self._first_bad_step = torch.where(torch.isfinite(loss), self._first_bad_step, marked)
         return (loss, rewards) if return_outputs else loss
@@ -158,39 +157,30 @@ class PairTrainer(transformers.Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Rewards ``[B, 2]`` and the pair's margin, weight, target ``[B, 3]``; the metrics need nothing else."""
+        """What the objective needs of this batch for its metrics, one row for each pair or list."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            rewards = torch.stack(model(inputs["input_ids"], inputs["attention_mask"]).chunk(2), dim=1)
-        extras = [inputs.get(key, torch.full_like(rewards[:, 0], absent)) for key, absent in PAIR_NUMBERS.items()]
-        return None, rewards, torch.stack(extras, dim=1)
+            rewards = model(inputs["input_ids"], inputs["attention_mask"])
+            return None, *self.objective.predict(rewards, inputs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, but it leaves the random generator alone: evaluating must not change the training."""
         with torch.random.fork_rng(devices=[]):  # only the data loader draws, on the CPU
             return super().evaluate(*args, **kwargs)
 
-    def _pair_metrics(self, prediction: transformers.EvalPrediction) -> dict[str, float]:
-        """Of all held-out pairs: ``loss`` as trained, strict ``accuracy``, ``tie_rate``, mean ``margin`` r_c - r_r, and
-        ``log_likelihood``, the mean log-probability that the model gives the labels, without margin, weight or
-        smoothing."""
-        rewards = torch.from_numpy(prediction.predictions).float()
-        chosen, rejected = rewards.unbind(1)
-        margin, weight, target = torch.from_numpy(prediction.label_ids).float().unbind(1)
-        loss, stats = rewardfuse.bradley_terry_loss(
-            chosen, rejected, margin, weight=weight, target=target, return_stats=True, **self.loss_options
+    def _evaluation_metrics(self, prediction: transformers.EvalPrediction) -> dict[str, float]:
+        return self.objective.summarize(
+            torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
         )
-        surprise = rewardfuse.bradley_terry_loss(chosen, rejected, target=target, beta=self.options.beta)
-        values = dict(zip(_TRAIN_METRICS, (value.item() for value in stats), strict=True))
-        return {"loss": loss.item(), "log_likelihood": -surprise.item(), **values}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training metrics since the last line, and append the line to metrics.jsonl."""
         self._check_finite()
         if "loss" in logs:
-            count, *sums = self.accelerator.reduce(self._sums, "sum").tolist()
-            logs.update({name: value / count for name, value in zip(_TRAIN_METRICS, sums, strict=True)})
-            self._sums.zero_()
+            sums, counts = self.accelerator.reduce(self._sums_and_counts, "sum").tolist()
+            means = [value / max(count, 1) for value, count in zip(sums, counts, strict=True)]
+            logs.update(zip(self.objective.train_metrics, means, strict=True))
+            self._sums_and_counts.zero_()
         super().log(logs, start_time)
         line = _deterministic(self.state.log_history[-1])
         if self.is_world_process_zero() and set(line) - {"step", "epoch"}:

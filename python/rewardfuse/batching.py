@@ -1,5 +1,6 @@
-"""From preference pairs to the batch that ``RewardModel.loss`` takes: rendering, tokenizing, padding."""
+"""From pairs and ranked lists to the batch that ``RewardModel.loss`` takes: rendering, tokenizing, padding."""
 
+import bisect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from rewardfuse.data import PAIR_NUMBERS, DataError, PreferencePair, Text
+from rewardfuse.ranked_lists import RankedList
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,13 +26,14 @@ def render(prompt: Text | None, response: Text, tokenizer: "PreTrainedTokenizerB
     """
     if isinstance(response, str) and not isinstance(prompt, list):
         return (prompt or "") + response, False
-    messages = _as_messages(prompt, "user") + _as_messages(response, "assistant")
+    messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if tokenizer.chat_template:
         return tokenizer.apply_chat_template(messages, tokenize=False), True
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages), False
 
 
-def _as_messages(text: Text | None, role: str) -> list[dict[str, Any]]:
+def as_messages(text: Text | None, role: str) -> list[dict[str, Any]]:
+    """A text as chat messages: a string is one message of ``role``, None is no message."""
     if isinstance(text, str):
         return [{"role": role, "content": text}]
     return text or []
@@ -109,12 +112,31 @@ def _cut_beginning(sequence: list[int], prefix: int, max_length: int) -> list[in
     return sequence[:prefix] + sequence[len(sequence) - (max_length - prefix) :]
 
 
-class PairDataset(torch.utils.data.Dataset):
-    """Tokenized preference pairs, items ``{"chosen_ids", "rejected_ids"}`` plus those of margin, weight, target in use.
+class TokenizedDataset(torch.utils.data.Dataset):
+    """Items for a collator.
 
     Attributes:
-        truncated: how many responses were longer than ``max_length``.
+        truncated: how many responses were longer than the longest input.
     """
+
+    items: list[dict[str, Any]]
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.items[index]
+
+    def _add_numbers(self, key: str, values: Sequence[float | None], absent: Sequence[float]) -> None:
+        """Give every item its number, if any record has one, and what absence means to the others."""
+        if any(value is not None for value in values):
+            for item, value, default in zip(self.items, values, absent, strict=True):
+                item[key] = default if value is None else value
+
+
+class PairDataset(TokenizedDataset):
+    """Tokenized pairs, items ``{"chosen_ids", "rejected_ids"}`` plus those of margin, weight, target in use."""
 
     def __init__(
         self,
@@ -127,21 +149,34 @@ class PairDataset(torch.utils.data.Dataset):
         texts = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
         sources = [pair.source for pair in pairs for _ in range(2)]
         ids, self.truncated = tokenize(texts, tokenizer, max_length, sources=sources, progress=progress)
-        self.items: list[dict[str, Any]] = [
+        self.items = [
             {"chosen_ids": chosen, "rejected_ids": rejected}
             for chosen, rejected in zip(ids[::2], ids[1::2], strict=True)
         ]
         for key, absent in PAIR_NUMBERS.items():
-            values = [getattr(pair, key) for pair in pairs]
-            if any(value is not None for value in values):
-                for item, value in zip(self.items, values, strict=True):
-                    item[key] = absent if value is None else value
+            self._add_numbers(key, [getattr(pair, key) for pair in pairs], [absent] * len(pairs))
 
-    def __len__(self) -> int:
-        return len(self.items)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.items[index]
+class ListDataset(TokenizedDataset):
+    """Tokenized ranked lists, items ``{"response_ids", "ranks"}`` plus those of weight and top_k in use."""
+
+    def __init__(
+        self,
+        lists: Sequence[RankedList],
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int,
+        *,
+        progress: bool = False,
+    ):
+        texts = [(ranked.prompt, response) for ranked in lists for response in ranked.responses]
+        sources = [ranked.source for ranked in lists for _ in ranked.responses]
+        ids, self.truncated = tokenize(texts, tokenizer, max_length, sources=sources, progress=progress)
+        rest = iter(ids)
+        self.items = [
+            {"response_ids": [next(rest) for _ in ranked.responses], "ranks": list(ranked.ranks)} for ranked in lists
+        ]
+        self._add_numbers("weight", [ranked.weight for ranked in lists], [1.0] * len(lists))
+        self._add_numbers("top_k", [ranked.top_k for ranked in lists], [len(ranked.responses) for ranked in lists])
 
 
 class PairCollator:
@@ -160,6 +195,53 @@ class PairCollator:
             if key in items[0]:
                 batch[key] = torch.tensor([item[key] for item in items], dtype=torch.float32)
         return batch
+
+
+class ListCollator:
+    """Pads items of a :class:`ListDataset` into one batch; each response is one row, and encoded once.
+
+    ``input_ids`` and ``attention_mask`` are int64 ``[responses, T]``, list after list, the best response of a list
+    first; beside them what :func:`collate_lists` gives.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self.tokenizer = tokenizer
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        sequences, rankings = collate_lists(items)
+        return {**pad(sequences, self.tokenizer), **rankings}
+
+
+def collate_lists(items: Sequence[dict[str, Any]]) -> tuple[list[Sequence[int]], dict[str, torch.Tensor]]:
+    """Lay lists ``{"response_ids", "ranks"}``, with ``weight`` and ``top_k`` or without, end to end.
+
+    Returns:
+        The token ids of every response, list after list, best first (tied ones as given), and the tensors
+
+        - ``cu_seqlens`` int64 ``[lists + 1]``: list r is rows ``cu_seqlens[r]`` to ``cu_seqlens[r + 1]``;
+        - ``rows`` int64 ``[lists, K]``: the same as a table, the rows of each list, best first; -1 beyond its end;
+        - ``ranks`` int64 ``[responses]``, only where some responses tie: 1 + how many of the list are better;
+        - ``weight`` float32 and ``top_k`` int64 ``[lists]``, where the items have them.
+    """
+    sequences, ranks, lengths = [], [], []
+    for item in items:
+        best_first = sorted(range(len(item["ranks"])), key=item["ranks"].__getitem__)
+        sequences += [item["response_ids"][index] for index in best_first]
+        ordered = [item["ranks"][index] for index in best_first]
+        ranks += [bisect.bisect_left(ordered, rank) + 1 for rank in ordered]
+        lengths.append(len(ordered))
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    places = torch.arange(max(lengths))
+    batch = {
+        "cu_seqlens": ends,
+        "rows": torch.where(places < ends.diff()[:, None], ends[:-1, None] + places, -1),
+    }
+    if ranks != [place + 1 for length in lengths for place in range(length)]:
+        batch["ranks"] = torch.tensor(ranks)
+    for key, dtype in (("weight", torch.float32), ("top_k", torch.int64)):
+        if key in items[0]:
+            batch[key] = torch.tensor([item[key] for item in items], dtype=dtype)
+    return sequences, batch
 
 
 def pad(sequences: Sequence[Sequence[int]], tokenizer: "PreTrainedTokenizerBase") -> dict[str, torch.Tensor]:

@@ -98,11 +98,10 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
 def _add_train(commands: Any) -> None:
     from rewardfuse.train import TrainOptions
 
-    parser = _command(commands, "train", "train a reward model on preference pairs", _train)
+    parser = _command(commands, "train", "train a reward model on preference pairs or ranked lists", _train)
     _add_model_flags(parser)
-    _flag(
-        parser, "dataset_name", "pairs, .jsonl or .json, also .gz (chosen, rejected, prompt)", type=str, required=True
-    )
+    text = "pairs (chosen, rejected, prompt) or ranked lists (responses, ranks or order or labels, prompt); "
+    _flag(parser, "dataset_name", text + ".jsonl or .json, also .gz", type=str, required=True)
     _flag(parser, "new_head", "start with a fresh reward head, for models that have none")
     _flag(parser, "json", "print the final metrics as JSON")
     kinds = typing.get_type_hints(TrainOptions)
@@ -140,18 +139,19 @@ def _add_score(commands: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from rewardfuse.data import read_pairs, split_pairs
+    from rewardfuse.data import split_held_out
+    from rewardfuse.ranked_lists import read_preferences
     from rewardfuse.train import TrainOptions, train_reward_model
 
     values = vars(arguments)
     options = TrainOptions(**{option.name: values[option.name] for option in dataclasses.fields(TrainOptions)})
-    pairs = read_pairs(arguments.dataset_name)
+    records = read_preferences(arguments.dataset_name)
     if options.eval_dataset_name:
-        train_pairs, eval_pairs = pairs, read_pairs(options.eval_dataset_name)
+        train_records, eval_records = records, read_preferences(options.eval_dataset_name)
     else:
-        train_pairs, eval_pairs = split_pairs(pairs, options.eval_split, options.seed)
+        train_records, eval_records = split_held_out(records, options.eval_split, options.seed)
     model, tokenizer = _load(arguments, new_head=arguments.new_head, seed=options.seed, dtype="float32")
-    result = train_reward_model(model, tokenizer, train_pairs, eval_pairs, options)
+    result = train_reward_model(model, tokenizer, train_records, eval_records, options)
     _print_result(arguments.json, {"output_dir": result.output_dir, **result.metrics})
 
 

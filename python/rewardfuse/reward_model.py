@@ -1,4 +1,4 @@
-"""A reward model: a ``transformers`` backbone, one float32 linear head, and the fused Bradley–Terry loss.
+"""A reward model: a ``transformers`` backbone, one float32 linear head, and the fused losses.
 
 The reward of a sequence is ``r = w · h``, with h the backbone's last hidden state at the last position where
 ``attention_mask`` is 1. ``AutoModelForSequenceClassification`` looks for the last ``input_ids != pad_token_id``
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-import rewardfuse
+from rewardfuse.batch_losses import list_loss, list_stats, pair_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -102,12 +102,16 @@ class RewardModel(nn.Module):
         return options
 
     def loss(self, batch: dict[str, torch.Tensor], **options: Any) -> tuple[torch.Tensor, Any]:
-        """Bradley–Terry loss of a batch of pairs, as ``(loss, stats)``; see :func:`pair_loss`.
+        """``(loss, stats)`` of a batch of pairs, see :func:`pair_loss`, or of ranked lists, see :func:`list_loss`.
 
-        ``batch`` holds ``input_ids`` and ``attention_mask`` ``[2B, T]``, the chosen rows first, then the rejected ones,
-        and optionally ``margin``, ``weight``, ``target`` ``[B]``.
+        A batch of pairs holds ``input_ids`` and ``attention_mask`` ``[2B, T]``, the chosen rows first, then the
+        rejected ones, and optionally ``margin``, ``weight``, ``target`` ``[B]``. One of lists is what ``ListCollator``
+        makes, with ``cu_seqlens``.
         """
-        return pair_loss(self(batch["input_ids"], batch["attention_mask"]), batch, **options)
+        rewards = self(batch["input_ids"], batch["attention_mask"])
+        if "cu_seqlens" in batch:
+            return list_loss(rewards, batch, **options), list_stats(rewards, batch, options.get("top_k"))
+        return pair_loss(rewards, batch, **options)
 
     @classmethod
     def from_config(cls, config: "PreTrainedConfig", *, seed: int | None = None) -> "RewardModel":
@@ -190,19 +194,6 @@ class RewardModel(nn.Module):
             if is_main_process:
                 self.config.architectures = [_architecture(self.config, type(self.backbone).__name__)]
                 self.config.save_pretrained(folder)
-
-
-def pair_loss(rewards: torch.Tensor, batch: dict[str, torch.Tensor], **options: Any) -> tuple[torch.Tensor, Any]:
-    """``(loss, stats)`` of :func:`rewardfuse.bradley_terry_loss` for rewards ``[2B]``, the chosen half first.
-
-    ``margin``, ``weight`` and ``target`` are taken from ``batch`` where it has them; ``options`` are the function's
-    others (``label_smoothing``, ``beta``, ``center_rewards_coefficient``, ``reduction``, ``normalizer``).
-    """
-    if len(rewards) % 2:
-        raise ValueError(f"a batch of pairs must have an even number of rows, chosen then rejected, got {len(rewards)}")
-    chosen, rejected = rewards.chunk(2)
-    extras = {key: batch.get(key) for key in ("margin", "weight", "target")}
-    return rewardfuse.bradley_terry_loss(chosen, rejected, **extras, **options, return_stats=True)
 
 
 def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":

@@ -1,4 +1,4 @@
-"""Train a reward model on preference pairs: options, checks and outputs around the ``transformers`` Trainer.
+"""Train a reward model on pairs or ranked lists: options, checks and outputs around the ``transformers`` Trainer.
 
 The output folder ends with model and tokenizer, ``train_options.json``, ``metrics.jsonl`` (one line for every log and
 evaluation) and ``metrics.json`` (the final figures, written last). Checkpoints are ``checkpoint-<step>`` folders. All
@@ -21,8 +21,10 @@ from rewardfuse._files import remove_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-    from rewardfuse.batching import PairDataset
+    from rewardfuse._objectives import ListObjective, PairObjective
+    from rewardfuse.batching import TokenizedDataset
     from rewardfuse.data import PreferencePair
+    from rewardfuse.ranked_lists import RankedList
     from rewardfuse.reward_model import RewardModel
 
 OPTIONS_FILE, JOURNAL_FILE, METRICS_FILE = "train_options.json", "metrics.jsonl", "metrics.json"
@@ -40,24 +42,27 @@ class TrainOptions:
     output_dir: str = field(metadata={"help": "folder for the model, checkpoints and metrics"})
     learning_rate: float = _option(1e-4, "peak learning rate of AdamW")
     weight_decay: float = _option(0.0, "decoupled weight decay of AdamW")
-    num_train_epochs: float = _option(1.0, "passes over the training pairs")
+    num_train_epochs: float = _option(1.0, "passes over the training data")
     max_steps: int = _option(-1, "optimizer steps; overrides num_train_epochs when positive")
-    per_device_train_batch_size: int = _option(8, "pairs a device takes at once")
-    per_device_eval_batch_size: int = _option(16, "pairs a device takes at once in evaluations")
+    per_device_train_batch_size: int = _option(8, "pairs, or ranked lists, a device takes at once")
+    per_device_eval_batch_size: int = _option(16, "as many in evaluations")
     gradient_accumulation_steps: int = _option(1, "batches accumulated for one optimizer step")
     max_grad_norm: float = _option(1.0, "gradient norm is clipped to this; 0 switches clipping off")
     lr_scheduler_type: str = _option("linear", "schedule, by its transformers name: linear, cosine, constant, ...")
     warmup_steps: float = _option(0, "steps of linear warm-up")
     warmup_ratio: float = _option(0.0, "warm-up as a fraction of all steps, in [0, 1)")
     max_length: int | None = _option(None, "tokens kept of the end of a text; default: the model's limit, <= 1024")
-    label_smoothing: float = _option(0.0, "probability that a label is flipped, in [0, 0.5]")
-    beta: float = _option(1.0, "scale of the reward difference in the loss")
-    center_rewards_coefficient: float = _option(0.0, "weight of the squared sum of both rewards")
+    loss: str = _option("auto", "pairs: bradley_terry; lists: plackett_luce or all_pairs; auto: the first of them")
+    label_smoothing: float = _option(0.0, "pairs: probability that a label is flipped, in [0, 0.5]")
+    beta: float = _option(1.0, "pairs: scale of the reward difference in the loss")
+    center_rewards_coefficient: float = _option(0.0, "pairs: weight of the squared sum of both rewards")
+    ties: str = _option("breslow", "lists: how plackett_luce takes tied ranks, breslow or efron")
+    top_k: int | None = _option(None, "lists: only so many of the best are taken as ranked; default: all")
     bf16: bool = _option(False, "bfloat16 autocast (the head and the loss stay in float32)")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass to save memory")
     seed: int = _option(42, "seed of the new head, the order of the data, dropout and the held-out split")
-    eval_split: float = _option(0.1, "held-out pairs: a fraction, or a whole number of pairs; 0: none")
-    eval_dataset_name: str | None = _option(None, "file of pairs to evaluate on, in place of eval_split")
+    eval_split: float = _option(0.1, "held-out records: a fraction, or a whole number of them; 0: none")
+    eval_dataset_name: str | None = _option(None, "file to evaluate on, in place of eval_split")
     eval_steps: int | None = _option(None, "steps between evaluations; default: every epoch")
     save_steps: int | None = _option(None, "steps between checkpoints; default: whenever an evaluation is due")
     save_total_limit: int = _option(2, "checkpoints kept, the best one beside")
@@ -73,7 +78,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         positive = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size")
         positive += ("gradient_accumulation_steps", "eval_steps", "save_steps", "save_total_limit", "logging_steps")
-        for name in (*positive, "early_stopping_patience", "max_length", "beta"):
+        for name in (*positive, "early_stopping_patience", "max_length", "beta", "top_k"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -84,11 +89,6 @@ class TrainOptions:
             raise ValueError(f"warmup_ratio must lie in [0, 1), without warmup_steps, got {self.warmup_ratio}")
         if not 0 <= self.label_smoothing <= 0.5:
             raise ValueError(f"label_smoothing must lie in [0, 0.5], got {self.label_smoothing}")
-        if self.metric_for_best_model not in ("loss", "accuracy", "log_likelihood", "margin"):
-            raise ValueError(
-                "metric_for_best_model must be loss, accuracy, log_likelihood or margin, "
-                f"got {self.metric_for_best_model!r}"
-            )
 
     @property
     def keeps_best(self) -> bool:
@@ -117,43 +117,49 @@ _WARN_ON_RESUME |= {"metric_for_best_model"}
 def train_reward_model(
     model: "RewardModel",
     tokenizer: "PreTrainedTokenizerBase",
-    train_pairs: "Sequence[PreferencePair]",
-    eval_pairs: "Sequence[PreferencePair] | None",
+    train_records: "Sequence[PreferencePair] | Sequence[RankedList]",
+    eval_records: "Sequence[PreferencePair] | Sequence[RankedList] | None",
     options: TrainOptions,
     callbacks: "Sequence[TrainerCallback]" = (),
 ) -> TrainResult:
     """Train ``model`` in place and write everything to ``options.output_dir`` (layout: see the module).
 
-    ``eval_pairs`` are evaluated as often as ``options`` say and once at the end (strict accuracy, tie rate,
-    log-likelihood of the labels, mean margin, loss); ``None`` or an empty list means no evaluation. Splitting off or
-    reading them is the caller's job (``split_pairs``, ``read_pairs``). The same seed on the same machine gives the
-    same numbers, and a resumed run the same weights as one that was never interrupted.
+    The records decide the loss: Bradley–Terry for pairs, Plackett–Luce or all ordered pairs for ranked lists
+    (``options.loss``), of which each response is encoded once.
+
+    ``eval_records`` are evaluated as often as ``options`` say and once at the end: loss, accuracy, margin and
+    log-likelihood; tie rate of pairs; top-1 accuracy and Kendall's tau of lists
+    (:class:`rewardfuse.batch_losses.ListStats`). ``None`` or an empty list means no evaluation. Splitting off or
+    reading them is the caller's job (``split_held_out``, ``read_preferences``). The same seed on the same machine gives
+    the same numbers, and a resumed run the same weights as one that was never interrupted.
 
     Raises:
-        DataError: a pair gives no token.
-        ValueError: an option out of range, an output folder that holds another run, or a checkpoint made with other
-            options or data.
+        DataError: a response gives no token.
+        ValueError: an option out of range or not one for these records, pairs and lists mixed, an output folder that
+            holds another run, or a checkpoint made with other options or data.
         NonFiniteLossError: the loss or the weights became NaN or infinite; names the step. No checkpoint holds such
             weights.
         OSError: an output cannot be written; no half-written file is left.
     """
+    from rewardfuse._objectives import objective_of
     from rewardfuse._trainer import build_trainer
-    from rewardfuse.batching import PairDataset, longest_input
+    from rewardfuse.batching import longest_input
 
-    if not train_pairs:
-        raise ValueError("train_pairs is empty, expected at least one pair")
-    if options.keeps_best and not eval_pairs:
-        raise ValueError("load_best_model_at_end and early_stopping_patience need evaluation pairs, got none")
+    if not train_records:
+        raise ValueError("train_records is empty, expected at least one pair or list")
+    if options.keeps_best and not eval_records:
+        raise ValueError("load_best_model_at_end and early_stopping_patience need evaluation records, got none")
+    objective = objective_of(train_records, eval_records or (), options)
     max_length = longest_input(tokenizer, model.config, options.max_length)
     shared = {"progress": not options.disable_tqdm}
-    train_set = PairDataset(train_pairs, tokenizer, max_length, **shared)
-    eval_set = PairDataset(eval_pairs, tokenizer, max_length, **shared) if eval_pairs else None
-    record = _record(options, max_length, train_set)
+    train_set = objective.dataset(train_records, tokenizer, max_length, **shared)
+    eval_set = objective.dataset(eval_records, tokenizer, max_length, **shared) if eval_records else None
+    record = _record(options, objective, max_length, train_set)
     checkpoint = _prepare_output(options, record)
-    trainer = build_trainer(model, tokenizer, train_set, eval_set, options, record, callbacks)
+    trainer = build_trainer(model, tokenizer, objective, train_set, eval_set, options, record, callbacks)
     started = time.monotonic()
     metrics = trainer.run(checkpoint)
-    metrics["train_pairs"], metrics["eval_pairs"] = len(train_set), len(eval_set or ())
+    metrics[f"train_{objective.unit}"], metrics[f"eval_{objective.unit}"] = len(train_set), len(eval_set or ())
     metrics["truncated_responses"] = train_set.truncated + (eval_set.truncated if eval_set else 0)
     metrics["max_length"] = max_length
     metrics["seconds"] = round(time.monotonic() - started, 3)
@@ -161,15 +167,18 @@ def train_reward_model(
     return TrainResult(options.output_dir, trainer.state.global_step, metrics, trainer.history())
 
 
-def _record(options: TrainOptions, max_length: int, train_set: "PairDataset") -> dict[str, Any]:
+def _record(
+    options: TrainOptions, objective: "PairObjective | ListObjective", max_length: int, train_set: "TokenizedDataset"
+) -> dict[str, Any]:
     """What every checkpoint keeps, to be compared when it is resumed."""
     import hashlib
 
     digest = hashlib.sha256()
     for item in train_set.items:
         digest.update(repr(sorted(item.items())).encode())
-    record = dataclasses.asdict(options)
-    return {**record, "max_length": max_length, "train_pairs": len(train_set), "train_pairs_sha256": digest.hexdigest()}
+    record = {**dataclasses.asdict(options), "loss": objective.loss_name, "max_length": max_length}
+    data = f"train_{objective.unit}"
+    return {**record, data: len(train_set), f"{data}_sha256": digest.hexdigest()}
 
 
 def _prepare_output(options: TrainOptions, record: dict[str, Any]) -> Path | None:

@@ -1,10 +1,11 @@
-"""TRL's reward trainer on the fused Bradley-Terry loss.
+"""TRL's reward trainer on the fused Bradley-Terry loss, and one of its kind for ranked lists.
 
 Change one import; nothing else in a script has to change::
 
     from rewardfuse.integrations.trl import RewardConfig, RewardTrainer  # was: from trl import …
 
-With default options losses and metrics equal TRL's own (tested against TRL 1.16).
+With default options losses and metrics equal TRL's own (tested against TRL 1.16). Ranked lists, which TRL has no
+trainer for: ``ListwiseRewardConfig``, ``ListwiseRewardTrainer``, ``DataCollatorForRankedLists``.
 """
 
 import warnings
@@ -26,6 +27,18 @@ except ModuleNotFoundError as error:
     ) from error
 
 from trl.trainer.reward_trainer import DataCollatorForPreference as _TRLDataCollator
+
+from rewardfuse.integrations._trl_lists import DataCollatorForRankedLists, ListwiseRewardConfig, ListwiseRewardTrainer
+from rewardfuse.integrations._trl_metrics import DeferredMetrics, number
+
+__all__ = [
+    "DataCollatorForPreference",
+    "DataCollatorForRankedLists",
+    "ListwiseRewardConfig",
+    "ListwiseRewardTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+]
 
 TESTED_TRL = "1.16"
 PAIR_COLUMNS = ("margin", "weight", "target")  # numbers that belong to a pair: for the loss, not for the model
@@ -89,7 +102,7 @@ class DataCollatorForPreference(_TRLDataCollator):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Batch of 2 x pairs sequences, the chosen ones first."""
         columns = {
-            name: torch.tensor([_number(name, example.get(name)) for example in examples], dtype=torch.float)
+            name: torch.tensor([number(name, example.get(name), "pair") for example in examples], dtype=torch.float)
             for name in PAIR_COLUMNS
             if name in examples[0]
         }
@@ -97,13 +110,7 @@ class DataCollatorForPreference(_TRLDataCollator):
         return {**super().torch_call(pairs), **columns}
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, str) or not hasattr(value, "__float__"):
-        raise TypeError(f"column {name!r} must hold a number for every pair, got {value!r}")
-    return float(value)
-
-
-class RewardTrainer(trl.RewardTrainer):
+class RewardTrainer(DeferredMetrics, trl.RewardTrainer):
     r"""TRL's ``RewardTrainer`` with the loss and its metrics from :func:`rewardfuse.bradley_terry_loss`.
 
     With r_c, r_r the rewards of a pair (``logits.squeeze(-1)``, chosen in the first half of the batch),
@@ -128,9 +135,6 @@ class RewardTrainer(trl.RewardTrainer):
     """
 
     def __init__(self, *args, **kwargs):
-        self._pending: list[
-            tuple[str, torch.Tensor, torch.Tensor]
-        ] = []  # (mode, metrics [5], tokens []), on the device
         super().__init__(*args, **kwargs)
         if type(self.data_collator) is _TRLDataCollator:
             self.data_collator = DataCollatorForPreference(**vars(self.data_collator))
@@ -157,35 +161,5 @@ class RewardTrainer(trl.RewardTrainer):
             center_rewards_coefficient=self.args.center_rewards_coefficient or 0.0,
             return_stats=True,
         )
-        self._record(outputs.logits.detach(), stats, inputs["attention_mask"])
+        self._record(outputs.logits, stats.accuracy, stats.reward_margin, inputs["attention_mask"])
         return (loss, outputs) if return_outputs else loss
-
-    def _record(self, rewards: torch.Tensor, stats, attention_mask: torch.Tensor) -> None:
-        """Keep this batch's metrics on the device."""
-        training = self.model.training
-        gather = self.accelerator.gather_for_metrics
-        rewards = self.accelerator.gather(rewards)  # [2 pairs, 1] of every process
-        values = [rewards.min(), rewards.mean(), rewards.max(), gather(stats.accuracy), gather(stats.reward_margin)]
-        metrics = torch.stack([value.mean().to(stats.accuracy.dtype) for value in values])
-        tokens = gather(attention_mask.sum()).sum() if training else attention_mask.new_zeros(())
-        self._pending.append(("train" if training else "eval", metrics, tokens))
-        if len(self._pending) >= 256:  # bounds the memory of a run that never logs
-            self._collect()
-
-    def _collect(self) -> None:
-        """Move the pending metrics into TRL's, with one transfer for the values and one for the token counts."""
-        if not self._pending:
-            return
-        modes, metrics, tokens = zip(*self._pending, strict=True)
-        self._pending.clear()
-        for mode, values, count in zip(modes, torch.stack(metrics).tolist(), torch.stack(tokens).tolist(), strict=True):
-            self._total_train_tokens += count // self._tp_size
-            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-            names = ("min_reward", "mean_reward", "max_reward", "accuracy", "margin")
-            for name, value in zip(names, values, strict=True):
-                self._metrics[mode][name].append(value)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log ``logs`` with the averages of the metrics since the last call."""
-        self._collect()
-        super().log(logs, start_time)

@@ -81,14 +81,18 @@ def _likelihood(
     # Far below every score, but finite: logcumsumexp's gradient is NaN at −inf.
     nothing = torch.full_like(zero, torch.finfo(scores.dtype).min / 4)
     suffix = torch.where(counted, scores, nothing).flip(-1).logcumsumexp(-1).flip(-1)
+    place = torch.arange(size, device=scores.device)
     limit = top_k_value or size if top_k is None else top_k.unsqueeze(-1)
-    stages = counted & (torch.arange(size, device=scores.device) < limit)
-    if position_weight is None:
+    stages = counted & (place < limit)
+    if position_weight is None and item_weight is None:
         terms = suffix - scores
-    elif item_weight is None:
-        stages = stages & (position_weight != 0)
-        terms = position_weight.to(scores.dtype) * (suffix - scores)
     else:
+        weight = torch.where(stages, 1 if position_weight is None else position_weight.to(scores.dtype), zero)
+        observed, stages = stages, stages & (weight != 0)
+        terms = weight * (suffix - scores)
+    if item_weight is not None:
         first = torch.where(counted, scores, zero)[..., :1].detach()  # taken off both: else large scores cancel
-        terms = position_weight.to(scores.dtype) * (suffix - first) - item_weight.to(scores.dtype) * (scores - first)
+        item = torch.where(observed, item_weight.to(scores.dtype), zero)
+        stages = stages | (item != 0)
+        terms = weight * (suffix - first) - item * (scores - first)
     return torch.where(stages, terms, zero).sum(-1, dtype=torch.float64).to(scores.dtype)

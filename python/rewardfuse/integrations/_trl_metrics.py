@@ -1,0 +1,54 @@
+"""What the trainers for TRL share: metrics that stay on the device until they are logged."""
+
+from typing import Any
+
+import torch
+
+NAMES = ("min_reward", "mean_reward", "max_reward", "accuracy", "margin")
+
+
+def number(name: str, value: Any, owner: str) -> float:
+    """``value`` of a column as a float; a TypeError that names the column where it is no number."""
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"column {name!r} must hold a number for every {owner}, got {value!r}")
+    return float(value)
+
+
+class DeferredMetrics:
+    """Mixin for ``trl.RewardTrainer``: TRL's metrics under TRL's names, without a synchronization in every step."""
+
+    def __init__(self, *args, **kwargs):
+        # (mode, metrics [5], tokens []), on the device
+        self._pending: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        super().__init__(*args, **kwargs)
+
+    def _record(
+        self, logits: torch.Tensor, accuracy: torch.Tensor, margin: torch.Tensor, attention_mask: torch.Tensor
+    ) -> None:
+        """Keep this batch's metrics on the device: ``logits`` [sequences, 1], ``accuracy`` and ``margin`` 0-d."""
+        training = self.model.training
+        gather = self.accelerator.gather_for_metrics
+        rewards = self.accelerator.gather(logits.detach())  # of every process
+        values = [rewards.min(), rewards.mean(), rewards.max(), gather(accuracy), gather(margin)]
+        metrics = torch.stack([value.mean().to(accuracy.dtype) for value in values])
+        tokens = gather(attention_mask.sum()).sum() if training else attention_mask.new_zeros(())
+        self._pending.append(("train" if training else "eval", metrics, tokens))
+        if len(self._pending) >= 256:  # bounds the memory of a run that never logs
+            self._collect()
+
+    def _collect(self) -> None:
+        """Move the pending metrics into TRL's, with one transfer for the values and one for the token counts."""
+        if not self._pending:
+            return
+        modes, metrics, tokens = zip(*self._pending, strict=True)
+        self._pending.clear()
+        for mode, values, count in zip(modes, torch.stack(metrics).tolist(), torch.stack(tokens).tolist(), strict=True):
+            self._total_train_tokens += count // self._tp_size
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+            for name, value in zip(NAMES, values, strict=True):
+                self._metrics[mode][name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log ``logs`` with the averages of the metrics since the last call."""
+        self._collect()
+        super().log(logs, start_time)
