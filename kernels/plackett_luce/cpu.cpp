@@ -191,7 +191,7 @@ class Range {
     const int64_t pieces = chunks(whole.count), at = saved_at(lists_, whole.list.index);
     Suffix<T> carry{kLowest<T>, 0};
     if (out_) {
-      T carried = 0;
+      double carried = 0;
       const T scale = factor(whole.list);
       for (int64_t c = 0; c < pieces; ++c) {
         const bool last = c == pieces - 1;

@@ -237,26 +237,27 @@ double long_forward(const Tile<T>& tile, Suffix<T>& carry) {
 }
 
 // The gradient of a piece; `carry` is the state behind it, `carried` is r·Q of what stands before it and becomes that
-// of what stands before the next piece.
+// of what stands before the next piece. It is float64, as is a run's slope, which is formed from the sums at its two
+// ends: a product of as many rounded ratios as the list has items would drift by 1e-4.
 template <bool weighted, class T>
-void long_backward(const Tile<T>& tile, Suffix<T> carry, T& carried, T factor) {
+void long_backward(const Tile<T>& tile, Suffix<T> carry, double& carried, T factor) {
   using V = typename Lanes<T>::Reg;
   Suffix<V> behind;
   runs<true>(tile, carry, behind, [](int64_t, V, V) {});
   // A run maps the r·Q before it to `offset` + `slope` times it.
-  V offset{}, slope = broadcast(T(1)), sum_behind = behind.sum;
+  V offset{}, ratio = broadcast(T(1)), sum = behind.sum;
   for (int64_t c = tile.columns - 1; c >= 0; --c) {
-    const V sum = tile.sum[c] + tile.scale[c] * behind.sum;
+    const V sum_behind = sum;
+    sum = tile.sum[c] + tile.scale[c] * behind.sum;
     step_to_ratios(tile, c, sum, sum_behind, {tile.keep[c], tile.add[c]});
-    sum_behind = sum;
-    slope *= tile.keep[c];
+    ratio *= tile.keep[c];
     const V u = weighted ? tile.u[c] : is_observed(tile, c) ? broadcast(T(1)) : V{};
-    offset += slope * u;
+    offset += ratio * u;
   }
   V before;
   for (int j = 0; j < Lanes<T>::count; ++j) {
-    before[j] = carried;
-    carried = offset[j] + slope[j] * carried;
+    before[j] = static_cast<T>(carried);
+    carried = offset[j] + double(behind.sum[j]) * tile.scale[0][j] / sum[j] * carried;
   }
   gradient_from_ratios<weighted>(tile, before, broadcast(factor));
 }

@@ -97,7 +97,6 @@ def plackett_luce_loss(
     if lengths is not None:
         valid = torch.arange(scores.shape[-1], device=scores.device) < lengths.unsqueeze(-1)
     _check_ranks(ranks, scores, valid)
-    call.mask, call.lengths = None, lengths if mask is None else mask.sum(-1)
     limit = call.top_k_value or scores.shape[-1] if call.top_k is None else call.top_k.unsqueeze(-1)
     return _tied_loss(call, _rankings.sort_padded(ranks, valid), limit, ties, None)
 
@@ -286,6 +285,8 @@ def _efron_loss(call: Stages, groups: _rankings.Groups, lists: Tensor | None, dt
     weight = weight.expand(call.list_shape())
     counted = groups.valid & ((weight.unsqueeze(-1) if lists is None else weight[lists]) != 0)
     ranked = torch.where(counted, call.scores.to(dtype).gather(-1, groups.at), 0)
+    first = groups.start - groups.first if lists is not None else torch.zeros_like(groups.start)
+    ranked = ranked - ranked.detach().gather(-1, first)  # of no effect on the likelihood; else large means lose digits
     means = _rankings.tie_mean(ranked, groups)
     left = torch.where(call.item_weight == 0, 0, call.item_weight * (means - ranked)).double()
     if lists is None:
@@ -293,6 +294,8 @@ def _efron_loss(call: Stages, groups: _rankings.Groups, lists: Tensor | None, dt
     else:
         sizes = call.cu_seqlens.diff()
         left, there = torch.segment_reduce(left, "sum", lengths=sizes, unsafe=True, initial=0), sizes > 0
+    if call.mask is not None:
+        call.mask, call.lengths = None, call.mask.sum(-1)  # what is there now stands in front
     reduction = (call.reduction, call.normalizer, call.normalizer_value)
     call.reduction, call.normalizer, call.normalizer_value = _checks.REDUCTIONS["none"], None, 0.0
     losses = call.loss(scores=means) + torch.where(weight != 0, weight * left.to(dtype), 0)

@@ -77,9 +77,13 @@ def _likelihood(
 ) -> Tensor:
     """Negative log-likelihood of each list, ``[*]``; scores ``[*, N]`` best first."""
     size = scores.shape[-1]
+    if size == 0:
+        return scores.sum(-1)
     zero = torch.zeros((), dtype=scores.dtype, device=scores.device)
     # Far below every score, but finite: logcumsumexp's gradient is NaN at −inf.
     nothing = torch.full_like(zero, torch.finfo(scores.dtype).min / 4)
+    highest = torch.where(counted, scores, nothing).detach().amax(-1, keepdim=True)
+    scores = scores - highest  # of no effect on the likelihood, but logcumsumexp's gradient would lose log 2 at 1e9
     suffix = torch.where(counted, scores, nothing).flip(-1).logcumsumexp(-1).flip(-1)
     place = torch.arange(size, device=scores.device)
     limit = top_k_value or size if top_k is None else top_k.unsqueeze(-1)
@@ -91,8 +95,7 @@ def _likelihood(
         observed, stages = stages, stages & (weight != 0)
         terms = weight * (suffix - scores)
     if item_weight is not None:
-        first = torch.where(counted, scores, zero)[..., :1].detach()  # taken off both: else large scores cancel
         item = torch.where(observed, item_weight.to(scores.dtype), zero)
         stages = stages | (item != 0)
-        terms = weight * (suffix - first) - item * (scores - first)
+        terms = weight * suffix - item * scores
     return torch.where(stages, terms, zero).sum(-1, dtype=torch.float64).to(scores.dtype)
