@@ -55,21 +55,21 @@ import sys, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 sys.path.insert(0, {tests!r})
-from rewardfuse.kernels.pairwise.triton import WARPS
-from triton_cases import CASES
+from {module} import CASES
 
-for name, kernel, signature, constants in CASES:
+for name, kernel, signature, constants, options in CASES:
     for capability in (80, 90, 100):
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={{"num_warps": WARPS}})
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         with open(f"{folder}/{{name}}.{{capability}}.cubin", "wb") as file:
             file.write(compiled.asm["cubin"])
 """
 
 
-def test_triton_kernels_spill_or_do_not_compile(tmp_path):
+@pytest.mark.parametrize("module", ["triton_cases", "triton_list_cases"])
+def test_triton_kernels_spill_or_do_not_compile(module, tmp_path):
     triton = pytest.importorskip("triton")
-    code = AHEAD_OF_TIME.format(tests=str(ROOT / "tests"), folder=str(tmp_path))
+    code = AHEAD_OF_TIME.format(module=module, tests=str(ROOT / "tests"), folder=str(tmp_path))
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import rewardfuse
+from list_errors import LIST_CASES
 
 A, B = torch.zeros(3), torch.zeros(3)
 
@@ -80,7 +81,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("call", "kind", "text"), CASES, ids=[text[:60] for *_, text in CASES])
+@pytest.mark.parametrize(
+    ("call", "kind", "text"), CASES + LIST_CASES, ids=[text[:60] for *_, text in CASES + LIST_CASES]
+)
 def test_error_of_another_type_or_text(backend, call, kind, text):
     with pytest.raises(kind) as error:
         call()
@@ -123,6 +126,53 @@ def test_pybind11_and_torch_ops_raise_differently(native, change, kind):
     assert errors[0] == errors[1] and next(iter(change)).removesuffix("_value") in errors[0]
 
 
+LIST_RAW = [
+    ("plackett_luce_loss", {"lengths": torch.tensor([3, 4])}),
+    ("plackett_luce_loss", {"order": torch.tensor([[0, 1, 1], [0, 1, 2]])}),
+    ("plackett_luce_loss", {"top_k": torch.tensor([1, 0])}),
+    ("plackett_luce_loss", {"cu_seqlens": torch.tensor([0, 3, 6])}),
+    ("plackett_luce_loss", {"position_weight": torch.ones(2)}),
+    ("plackett_luce_loss", {"item_weight": torch.ones(2)}),
+    ("plackett_luce_loss", {"weight": WANTS_GRADIENT[:2]}),
+    ("plackett_luce_loss", {"top_k_value": -1}),
+    ("plackett_luce_loss", {"normalizer_value": -1.0}),
+    ("plackett_luce_loss", {"reduction": 3}),
+    ("all_pairs_loss", {"labels": torch.tensor([[0, 1, torch.nan], [0, 1, 2]])}),
+    ("all_pairs_loss", {"labels": torch.zeros(3)}),
+    ("all_pairs_loss", {"lengths": torch.tensor([-1, 0])}),
+    ("all_pairs_loss", {"mask": torch.ones(2, 3)}),
+    ("all_pairs_loss", {"margin": torch.ones(2)}),
+    ("all_pairs_loss", {"reduction": -1}),
+]
+LIST_DEFAULTS = {
+    "plackett_luce_loss": {
+        **{"scores": torch.zeros(2, 3), "order": None, "cu_seqlens": None, "lengths": None, "mask": None},
+        **{"top_k": None, "position_weight": None, "item_weight": None, "weight": None, "normalizer": None},
+        **{"top_k_value": 0, "weight_value": 1.0, "normalizer_value": 0.0, "reduction": 2},
+    },
+    "all_pairs_loss": {
+        **{"scores": torch.zeros(2, 3), "labels": torch.zeros(2, 3), "lengths": None, "mask": None, "margin": None},
+        **{"weight": None, "normalizer": None, "margin_value": 0.0, "weight_value": 1.0, "normalizer_value": 0.0},
+        **{"reduction": 2},
+    },
+}
+
+
+@pytest.mark.parametrize(("op", "change"), LIST_RAW, ids=[f"{op}-{next(iter(change))}" for op, change in LIST_RAW])
+def test_pybind11_and_torch_ops_raise_differently_on_lists(native, op, change):
+    arguments = {**LIST_DEFAULTS[op], **change}
+    errors = []
+    for call in (
+        lambda: getattr(native, op)(*arguments.values()),
+        lambda: getattr(torch.ops.rewardfuse, op)(**arguments),
+    ):
+        with pytest.raises((ValueError, TypeError)) as error:
+            call()
+        errors.append((type(error.value), str(error.value).splitlines()[0]))
+    name = "scores" if "cu_seqlens" in change else next(iter(change)).removesuffix("_value")
+    assert errors[0] == errors[1] and name in errors[0][1]
+
+
 def test_a_raw_call_with_bad_numbers_crashes_the_process(native):
     ops = torch.ops.rewardfuse
     with pytest.raises(ValueError, match="log_tie"):
@@ -140,6 +190,27 @@ def test_an_unchecked_bad_value_is_not_nan():
     arguments = {**DEFAULTS, "target": torch.tensor([0.5, 2.0, 1.0]), "reduction": 0}
     loss, _ = bradley_terry_loss(**arguments)
     assert loss.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "bad"),
+    [
+        ("plackett_luce_loss", {"lengths": torch.tensor([3, 4])}, [False, True]),
+        ("plackett_luce_loss", {"lengths": torch.tensor([-1, 2])}, [True, False]),
+        ("plackett_luce_loss", {"order": torch.tensor([[0, 2, 2], [0, 1, 2]])}, [True, False]),
+        ("plackett_luce_loss", {"order": torch.tensor([[0, 1, 2], [0, 1, 10**9]])}, [False, True]),
+        ("plackett_luce_loss", {"top_k": torch.tensor([0, 1])}, [True, False]),
+        ("plackett_luce_loss", {"scores": torch.zeros(6), "cu_seqlens": torch.tensor([0, 3, 7])}, [False, True]),
+        ("all_pairs_loss", {"lengths": torch.tensor([3, 4])}, [False, True]),
+        ("all_pairs_loss", {"labels": torch.tensor([[0, 1, 2], [0, torch.nan, 2]])}, [False, True]),
+    ],
+)
+def test_an_unchecked_bad_value_of_a_list_is_not_nan_or_spoils_others(op, change, bad):
+    """What a GPU kernel does without checks(True); on the CPU only reference shows it, past its checks."""
+    from rewardfuse import reference
+
+    loss = getattr(reference, op)(**{**LIST_DEFAULTS[op], **change, "reduction": 0})
+    assert loss.isnan().tolist() == bad
 
 
 @pytest.mark.gpu

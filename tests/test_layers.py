@@ -9,7 +9,12 @@ import rewardfuse
 import rewardfuse.reference
 
 ROOT = pathlib.Path(__file__).parent.parent
-OPS = {"bradley_terry": "bradley_terry_loss", "bradley_terry_tie": "bradley_terry_tie_loss"}
+OPS = {
+    "all_pairs": "all_pairs_loss",
+    "bradley_terry": "bradley_terry_loss",
+    "bradley_terry_tie": "bradley_terry_tie_loss",
+    "plackett_luce": "plackett_luce_loss",
+}
 FILES = (
     "csrc/autograd/{}.cpp",
     "kernels/{}/math.h",
@@ -22,7 +27,10 @@ FILES = (
 # (stem, file pattern): why that op does without that layer.
 WITHOUT: dict[tuple[str, str], str] = {}
 # Rooms that are no ops: what several ops share.
-SHARED = {"kernels": {"pairwise"}, "csrc/autograd": {"pairwise", "pairwise_cuda"}}
+SHARED = {
+    "kernels": {"lists", "pairwise"},
+    "csrc/autograd": {"lists", "lists_cuda", "pairwise", "pairwise_cuda"},
+}
 
 
 @pytest.mark.parametrize("stem", OPS)

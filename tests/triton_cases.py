@@ -1,4 +1,4 @@
-"""Every Triton kernel with the argument types and constants that it is compiled ahead of time for."""
+"""Every Triton kernel on pairs with the argument types, constants and options that it is compiled ahead of time for."""
 
 import triton.language as tl
 from rewardfuse.kernels.bradley_terry import triton as bradley_terry
@@ -10,6 +10,7 @@ MODELS = {
     "rao_kupper": (tie._rao_kupper_loss, tie._rao_kupper_gradient),
     "davidson": (tie._davidson_loss, tie._davidson_gradient),
 }
+OPTIONS = {"num_warps": pairwise.WARPS}
 SCORES = {"float32": "*fp32", "bfloat16": "*bf16", "float64": "*fp64"}
 
 
@@ -45,11 +46,11 @@ def _cases():
             constants = common | {"LOSS": loss, "STATS": True}
             pointers = operands | scratch | {"loss": acc, "stats": acc}
             signature = _signature(pairwise.forward_kernel, pointers, constants, 12)
-            yield f"{model}_forward_{dtype}", pairwise.forward_kernel, signature, constants
+            yield f"{model}_forward_{dtype}", pairwise.forward_kernel, signature, constants, OPTIONS
             constants = common | {"GRADIENT": gradient, "NEED_A": True, "NEED_B": True, "NEED_P": True, "SUM_P": True}
             outputs = {"grad_output": acc, "grad_a": scores, "grad_b": scores, "grad_p": acc}
             signature = _signature(pairwise.backward_kernel, operands | scratch | outputs, constants, 14)
-            yield f"{model}_backward_{dtype}", pairwise.backward_kernel, signature, constants
+            yield f"{model}_backward_{dtype}", pairwise.backward_kernel, signature, constants, OPTIONS
 
 
 CASES = list(_cases())

@@ -74,6 +74,34 @@ RF_HD typename Packed<uint16_t, lanes>::type narrow_16_bit(typename Packed<float
   return __builtin_convertvector(out, typename Packed<uint16_t, lanes>::type);
 }
 
+// The first `count` of a register's items to and from memory; the rest of the memory is not touched, the rest of the
+// register 0. One masked instruction where the processor has it: item by item it would cost more than what follows.
+template <class R, int lanes>
+RF_HD typename Packed<R, lanes>::type load_first(const R* from, int64_t count) {
+  using P = typename Packed<R, lanes>::type;
+#ifdef __AVX512F__
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(P) == 64 && sizeof(R) == 4) return (P)_mm512_maskz_loadu_epi32(mask, from);
+  if constexpr (sizeof(P) == 64 && sizeof(R) == 8) return (P)_mm512_maskz_loadu_epi64(mask, from);
+  if constexpr (sizeof(P) == 32 && sizeof(R) == 2) return (P)_mm256_maskz_loadu_epi16(mask, from);
+#endif
+  P raw{};
+  for (int j = 0; j < count; ++j) raw[j] = from[j];
+  return raw;
+}
+
+template <class R, int lanes>
+RF_HD void store_first(R* to, typename Packed<R, lanes>::type raw, int64_t count) {
+#ifdef __AVX512F__
+  using P = typename Packed<R, lanes>::type;
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(P) == 64 && sizeof(R) == 4) return _mm512_mask_storeu_epi32(to, mask, (__m512i)raw);
+  if constexpr (sizeof(P) == 64 && sizeof(R) == 8) return _mm512_mask_storeu_epi64(to, mask, (__m512i)raw);
+  if constexpr (sizeof(P) == 32 && sizeof(R) == 2) return _mm256_mask_storeu_epi16(to, mask, (__m256i)raw);
+#endif
+  for (int j = 0; j < count; ++j) to[j] = raw[j];
+}
+
 // `count` items from `p` on, `stride` apart; lanes beyond `count` are 0 and their memory is not
 // touched. Stride 0 fills every lane.
 template <class V, class S>
@@ -85,6 +113,8 @@ RF_HD V load_as(const S* p, int64_t stride, int64_t count) {
   const R* from = reinterpret_cast<const R*>(p);
   if (count >= lanes && stride == 1) {
     __builtin_memcpy(&raw, from, sizeof(raw));
+  } else if (stride == 1) {
+    raw = load_first<R, lanes>(from, count);
   } else {
     for (int j = 0; j < lanes; ++j) {
       if (j < count || stride == 0) raw[j] = from[j * stride];
@@ -114,7 +144,7 @@ RF_HD void store_as(S* p, V x, int64_t count) {
   if (count >= lanes) {
     __builtin_memcpy(to, &raw, sizeof(raw));
   } else {
-    for (int j = 0; j < count; ++j) to[j] = raw[j];
+    store_first<R, lanes>(to, raw, count);
   }
 }
 

@@ -1,18 +1,15 @@
-"""The host side of the Triton ops on pairs: memory layout, arguments, grid and scratch of a launch."""
+"""The host side of the Triton ops on pairs: memory layout, arguments and launches."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import math
-import secrets
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from rewardfuse.kernels.pairwise.triton import BLOCK, MEAN, NONE, SUMS, WARPS, backward_kernel, forward_kernel
+from rewardfuse.kernels import common_launch
+from rewardfuse.kernels.pairwise.triton import BLOCK, MEAN, NONE, WARPS, backward_kernel, forward_kernel
 from torch import Tensor
 
 
@@ -79,7 +76,7 @@ class Pairs(NamedTuple):
         }
         tensors["normalizer"] = self.a if self.normalizer is None else self.normalizer
         tensors["strides"] = tuple(stride for pair in layout.strides for stride in pair)
-        tensors["numbers"] = _as_float32_sums(self.numbers)
+        tensors["numbers"] = common_launch.as_float32_sums(self.numbers)
         tensors |= {"items": layout.items, "inner": layout.inner}
         constants = {
             "HAS_P": self.p is not None,
@@ -96,32 +93,6 @@ class Pairs(NamedTuple):
         return tensors, constants
 
 
-def _as_float32_sums(numbers: Sequence[float]) -> tuple[float, ...]:
-    """Each number rounded to float32, then what the rounding lost."""
-    high = [ctypes.c_float(x).value for x in numbers]
-    low = [ctypes.c_float(x - h).value if math.isfinite(h) else 0.0 for x, h in zip(numbers, high, strict=True)]
-    return (*high, *low)
-
-
-def _device(like: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
-
-
-def _grid(like: Tensor, items: int) -> tuple[tuple[int], dict[str, object]]:
-    """Grid and scratch of one launch; the scratch is shared with no other."""
-    processors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 1
-    programs = max(1, min(triton.cdiv(items, BLOCK), 8 * processors))
-    scratch = torch.empty(programs * (1 + SUMS.value), dtype=torch.int64, device=like.device)
-    return (programs,), {
-        "flags": scratch[:programs],
-        "partials": scratch[programs:].view(torch.float64),
-        # An int64 to Triton whatever its value, and odd: it compiles another kernel for multiples of 16.
-        "nonce": (1 << 62) + secrets.randbits(61) | 1,
-        "PROGRAMS": triton.next_power_of_2(programs),
-    }
-
-
 def forward(pairs: Pairs, loss_function: object, return_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, stats ``[5]`` or ``[0]``, denominator ``[]``)."""
     dtype = torch.float64 if pairs.a.dtype is torch.float64 else torch.float32
@@ -130,11 +101,12 @@ def forward(pairs: Pairs, loss_function: object, return_stats: bool) -> tuple[Te
     stats = torch.empty(5 if return_stats else 0, dtype=dtype, device=pairs.a.device)
     denominator = torch.empty((), dtype=torch.float64, device=pairs.a.device)
     tensors, constants = pairs.arguments()
-    grid, scratch = _grid(pairs.a, tensors["items"])
+    grid, scratch = common_launch.grid(pairs.a, triton.cdiv(tensors["items"], BLOCK))
     outputs = {"loss": loss, "stats": stats, "denominator": denominator}
-    forward_kernel[grid](
-        **tensors, **outputs, **constants, **scratch, LOSS=loss_function, STATS=return_stats, num_warps=WARPS
-    )
+    with common_launch.on_device_of(pairs.a):
+        forward_kernel[grid](
+            **tensors, **outputs, **constants, **scratch, LOSS=loss_function, STATS=return_stats, num_warps=WARPS
+        )
     return loss, stats, denominator
 
 
@@ -148,14 +120,14 @@ def backward(
 
     gradients = tuple(empty(t, need) for t, need in zip((pairs.a, pairs.b, pairs.p), needs, strict=True))
     tensors, constants = pairs.arguments(grad_output)
-    grid, scratch = _grid(pairs.a, tensors["items"])
+    grid, scratch = common_launch.grid(pairs.a, triton.cdiv(tensors["items"], BLOCK))
     outputs = {
         name: pairs.a if gradient is None else gradient
         for name, gradient in zip(("grad_a", "grad_b", "grad_p"), gradients, strict=True)
     }
     flags = {"NEED_A": needs[0], "NEED_B": needs[1], "NEED_P": needs[2]}
     flags["SUM_P"] = bool(needs[2]) and pairs.p.dim() == 0
-    with _device(pairs.a):
+    with common_launch.on_device_of(pairs.a):
         backward_kernel[grid](
             **tensors,
             **outputs,

@@ -7,62 +7,16 @@
 // Everything else stays in the first-level cache: a tile and its companions take about 20 KiB.
 // Precision: float32 for 16-bit and float32 scores, float64 for float64; a list's loss leaves the lanes as float64. No
 // sum runs over more than kShort terms before it meets a shorter one, so errors do not grow with the list's length.
-#include "lists/cpu.h"
-#include "lists/tile.h"
-#include "plackett_luce/args.h"
-#include "plackett_luce/stages.h"
+#include "plackett_luce/lanes.h"
 
 namespace rewardfuse::REWARDFUSE_TARGET {
 namespace plackett_luce {
 
-using lists::Gradients;
 using lists::is_there;
-using lists::List;
 using lists::list_at;
 using lists::Totals;
-using lists::widen;
 using rewardfuse::plackett_luce::chunks;
-using rewardfuse::plackett_luce::kChunk;
-using rewardfuse::plackett_luce::Problem;
 using rewardfuse::plackett_luce::saved_at;
-
-constexpr int64_t kShort = 128;
-
-// The scratch of one range.
-template <class T>
-struct Scratch {
-  using V = typename Lanes<T>::Reg;
-  static constexpr int lanes = Lanes<T>::count;
-  static constexpr int64_t kColumns = kChunk / lanes > kShort ? kChunk / lanes : kShort;
-  static constexpr int64_t kRows = kColumns * lanes;
-
-  V* columns;      // [7, kColumns]
-  T* rows;         // [kRows]: scores, weights or gradients in the order of the ranking
-  int64_t* index;  // [kShort · lanes or longest]: the item at each position
-  uint8_t* seen;   // [longest]
-
-  static int64_t bytes(int64_t longest) {
-    const int64_t positions = longest > kShort * lanes ? longest : kShort * lanes;
-    return 64 + 7 * kColumns * sizeof(V) + kRows * sizeof(T) + positions * (sizeof(int64_t) + 1);
-  }
-
-  Scratch(void* memory, int64_t longest) {
-    const int64_t positions = longest > kShort * lanes ? longest : kShort * lanes;
-    columns = reinterpret_cast<V*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-    rows = reinterpret_cast<T*>(columns + 7 * kColumns);
-    index = reinterpret_cast<int64_t*>(rows + kRows);
-    seen = reinterpret_cast<uint8_t*>(index + positions);
-  }
-
-  V* column(int which) const { return columns + which * kColumns; }
-};
-
-// One lane of a tile: some positions of a list.
-struct Lane {
-  List list;
-  int64_t start = 0, count = 0, observed = 0;
-  const int64_t* index = nullptr;  // the items at these positions; null: the positions themselves
-};
 
 template <class T, class S, bool weighted>
 class Range {
@@ -78,7 +32,8 @@ class Range {
         loss_(loss),
         saved_(saved),
         totals_(totals),
-        moved_(lists_.mask.data || problem.order.data) {
+        moved_(lists_.mask.data || problem.order.data),
+        mover_(problem, gradients, scratch_, tile_) {
     tile_.score = scratch_.column(0);
     tile_.keep = scratch_.column(1);
     tile_.add = scratch_.column(2);
@@ -91,6 +46,10 @@ class Range {
   }
 
   void run(int64_t begin, int64_t end) {
+    if (alike()) {
+      for (int64_t r = begin; r < end; r += lanes) alike_lists(r, end - r < lanes ? end - r : lanes);
+      return;
+    }
     for (int64_t r = begin; r < end; ++r) {
       List list = list_at(lists_, r);
       if (moved_ && list.places > kShort) flush();  // whose lanes' indices would be overwritten
@@ -118,6 +77,35 @@ class Range {
   }
 
  private:
+  // Short lists of which only the scores differ. Looking at each of them would cost as much as a third of its stages.
+  bool alike() const {
+    return !weighted && !moved_ && !lists_.cu_seqlens && !lists_.lengths && !problem_.top_k && lists_.size > 0 &&
+           lists_.size <= kShort && lists_.scores.inner_stride == 1 && !lists_.weight.data && lists_.weight.value != 0;
+  }
+
+  void alike_lists(int64_t r, int64_t count) {
+    const int64_t top_k = problem_.top_k_value;
+    tile_.columns = lists_.size;
+    tile_.all_observed = top_k > 0 && top_k < lists_.size ? top_k : lists_.size;
+    tile_.observed = typename Lanes<T>::Mask{} + static_cast<typename Lanes<T>::Int>(tile_.all_observed);
+    Row<const S> rows[lanes];
+    for (int j = 0; j < count; ++j) rows[j] = {mover_.scores_of({r + j}), lists_.size};
+    load_tile<T>(rows, tile_.columns, T(-__builtin_inf()), tile_.score);
+    if (out_ == nullptr) {
+      const V loss = short_forward<weighted>(tile_) * T(lists_.weight.value);
+      if (loss_) store_as(loss_ + r, loss, count);
+      for (int j = 0; j < count; ++j) totals_.loss += loss[j];
+      totals_.valid += count;
+      return;
+    }
+    V factors = broadcast(factor({r}));
+    for (int j = 1; out_->grad_output.outer_stride != 0 && j < count; ++j) factors[j] = factor({r + j});
+    short_backward<weighted>(tile_, factors);
+    Row<S> to[lanes];
+    for (int j = 0; j < count; ++j) to[j] = {static_cast<S*>(out_->scores) + (r + j) * lists_.size, lists_.size};
+    store_tile<T>(tile_.score, tile_.columns, to);
+  }
+
   // How many items the list has, and which stands at each position where that is not the position itself; −1 where the
   // order is none.
   int64_t items(const List& list, int64_t* index) {
@@ -174,11 +162,11 @@ class Range {
       tile_.observed[j] = lane.observed;
       if (out_ && j < waiting_) factors[j] = factor(lane.list);
     }
-    load(bundle_);
+    mover_.load(bundle_);
     tile_.first = tile_.score[0];
     if (out_) {
       short_backward<weighted>(tile_, factors);
-      store(bundle_);
+      mover_.store(bundle_);
     } else {
       const V loss = short_forward<weighted>(tile_);
       for (int j = 0; j < waiting_; ++j) add_loss(bundle_[j].list, loss[j]);
@@ -198,7 +186,7 @@ class Range {
         const T* const saved = static_cast<const T*>(out_->saved) + 2 * (at + c);
         cut(whole, c);
         long_backward<weighted>(tile_, last ? carry : Suffix<T>{saved[0], saved[1]}, carried, scale);
-        store(runs_);
+        mover_.store(runs_);
       }
     } else {
       double loss = 0;
@@ -228,84 +216,9 @@ class Range {
       tile_.observed[j] = lane.observed;
       if (lane.observed < tile_.all_observed) tile_.all_observed = lane.observed;
     }
-    load(runs_);
+    mover_.load(runs_);
     const int64_t first = whole.index ? whole.index[0] : 0;
-    tile_.first = broadcast(widen<T>(scores_of(whole.list) + first * lists_.scores.inner_stride));
-  }
-
-  const S* scores_of(const List& list) const {
-    return static_cast<const S*>(lists_.scores.data) + offset_of(lists_, list, lists_.scores);
-  }
-
-  // The lanes' scores and weights as columns.
-  void load(const Lane (&lane)[lanes]) {
-    const int64_t stride = lists_.scores.inner_stride;
-    const T fill = -__builtin_inf();
-    if (!moved_ && stride == 1) {
-      Row<const S> rows[lanes];
-      for (int j = 0; j < lanes; ++j) {
-        if (lane[j].count > 0) rows[j] = {scores_of(lane[j].list) + lane[j].start, lane[j].count};
-      }
-      load_tile<T>(rows, tile_.columns, fill, tile_.score);
-    } else {
-      gather(lane, fill, tile_.score, [&](const Lane& from, T* row) {
-        const S* const scores = scores_of(from.list);
-        for (int64_t i = from.start; i < from.start + from.count; ++i) {
-          *row++ = widen<T>(scores + (from.index ? from.index[i] : i) * stride);
-        }
-      });
-    }
-    if constexpr (weighted) {
-      load_weights(lane, problem_.position_weight, tile_.u);
-      if (tile_.v) load_weights(lane, problem_.item_weight, tile_.v);
-    }
-  }
-
-  void load_weights(const Lane (&lane)[lanes], const Operand& weight, V* column) {
-    gather(lane, T(0), column, [&](const Lane& of, T* row) {
-      if (weight.data == nullptr) {
-        for (int64_t i = 0; i < of.observed; ++i) row[i] = static_cast<T>(weight.value);
-      }
-      with_storage(weight.dtype, [&](auto storage) {
-        if (weight.data == nullptr) return;
-        const auto* from = static_cast<const decltype(storage)*>(weight.data) + offset_of(lists_, of.list, weight);
-        for (int64_t i = 0; i < of.observed; ++i) row[i] = widen<T>(from + (of.start + i) * weight.inner_stride);
-      });
-      for (int64_t i = of.observed; i < of.count; ++i) row[i] = 0;
-    });
-  }
-
-  template <class F>
-  void gather(const Lane (&lane)[lanes], T fill, V* column, F&& fill_row) {
-    Row<const T> rows[lanes];
-    for (int j = 0; j < lanes; ++j) {
-      T* const row = scratch_.rows + j * Scratch<T>::kColumns;
-      if (lane[j].count > 0) fill_row(lane[j], row);
-      rows[j] = {row, lane[j].count};
-    }
-    load_tile<T>(rows, tile_.columns, fill, column);
-  }
-
-  // The gradient's columns to where the items stand.
-  void store(const Lane (&lane)[lanes]) {
-    S* const to = static_cast<S*>(out_->scores);
-    if (!moved_) {
-      Row<S> rows[lanes];
-      for (int j = 0; j < lanes; ++j) {
-        if (lane[j].count > 0) rows[j] = {to + contiguous_offset(lists_, lane[j].list) + lane[j].start, lane[j].count};
-      }
-      return store_tile<T>(tile_.score, tile_.columns, rows);
-    }
-    Row<S> rows[lanes];
-    for (int j = 0; j < lanes; ++j) {
-      rows[j] = {reinterpret_cast<S*>(scratch_.rows + j * Scratch<T>::kColumns), lane[j].count};
-    }
-    store_tile<T>(tile_.score, tile_.columns, rows);
-    for (int j = 0; j < lanes; ++j) {
-      if (lane[j].count == 0) continue;
-      S* const of_list = to + contiguous_offset(lists_, lane[j].list);
-      for (int64_t i = 0; i < lane[j].count; ++i) of_list[lane[j].index[lane[j].start + i]] = rows[j].items[i];
-    }
+    tile_.first = broadcast(widen<T>(mover_.scores_of(whole.list) + first * lists_.scores.inner_stride));
   }
 
   void add_loss(const List& list, double loss) {
@@ -323,6 +236,7 @@ class Range {
   Totals& totals_;
   const bool moved_;
   Tile<T> tile_{};
+  Mover<T, S, weighted> mover_;
   Lane bundle_[lanes];  // short lists that wait for company
   Lane runs_[lanes];    // of a long list
   int waiting_ = 0;
