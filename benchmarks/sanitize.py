@@ -1,8 +1,9 @@
 """Calls every CUDA kernel of the native backend, small: what compute-sanitizer watches in `make gpu-check`.
 
 Every storage type, the path of 16-byte accesses and the one of single pairs, one block and several, masks, weights,
-repeated and whole-tensor operands, every reduction, both ops, both directions. Results are held against the reference
-backend on the CPU, so that a run in which the sanitizer finds nothing has also computed something.
+repeated and whole-tensor operands, every reduction, every op, both directions; of the ops on lists also every way to
+say what a list holds, and teams of lanes, of warps and of blocks. Results are held against the reference backend on the
+CPU, so that a run in which the sanitizer finds nothing has also computed something.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 REDUCTIONS = ("none", "sum", "mean")
 #: one pair; a tail beside 16-byte accesses; several blocks, so that the reduction across blocks runs
 SIZES = (1, 67, 5000)
+#: lists and items: a lane a list, two, a warp, a block with more than a chunk
+LISTS = ((3, 1), (300, 6), (9, 67), (3, 1501))
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 Options = dict[str, Tensor | float | None]
 
@@ -98,6 +101,88 @@ def differs(op: Callable[..., Tensor], a: Tensor, b: Tensor, reduction: str, cho
     return not all(torch.allclose(x, y, tolerance, tolerance) for x, y in zip(found, expected, strict=True))
 
 
+def list_layouts(lists: int, items: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Scores of lists: rows that allow 16-byte accesses where their length does, misaligned rows, columns, repeated."""
+    scores = torch.randn(lists, items + 1).to(DEVICE, dtype)
+    yield scores[:, :items].contiguous()
+    yield scores[:, 1:]
+    yield scores[:, 1:].t().contiguous().t()
+    yield scores[:1, 1:].expand(lists, items)
+
+
+def flat(scores: Tensor, **rest: Any) -> Tensor:
+    """The packed op on the scores of a matrix."""
+    return rewardfuse.plackett_luce_loss_packed(scores.flatten(), **rest)
+
+
+def list_calls(lists: int, items: int) -> Iterator[tuple[Callable[..., Tensor], dict[str, Any]]]:
+    """Ops on lists and what comes with the scores."""
+    lengths = torch.randint(0, items + 1, (lists,), device=DEVICE)
+    mask = torch.rand(lists, items, device=DEVICE) < 0.7
+    order = torch.where(mask, torch.rand(lists, items, device=DEVICE), torch.inf).argsort(-1)
+    ranks = torch.randint(1, 4, (lists, items), device=DEVICE)
+    weight = torch.arange(lists, device=DEVICE) % 3
+    by_position = torch.randint(0, 3, (items,), device=DEVICE) / 2
+    cuts = torch.randint(0, lists * items + 1, (lists - 1,), device=DEVICE).sort().values
+    bounds = torch.cat([cuts.new_zeros(1), cuts, cuts.new_full((1,), lists * items)])
+    padded = rewardfuse.plackett_luce_loss
+    yield padded, {}
+    yield padded, {"lengths": lengths, "top_k": lengths.clamp(min=1), "weight": weight}
+    yield padded, {"mask": mask, "position_weight": by_position, "top_k": 3}
+    yield padded, {"order": order, "mask": mask.clone(), "weight": 0.5}
+    yield padded, {"order": order.int().t().contiguous().t(), "mask": mask}
+    yield padded, {"ranks": ranks, "lengths": lengths, "position_weight": by_position}
+    yield padded, {"ranks": ranks, "mask": mask, "ties": "efron", "weight": weight}
+    yield flat, {"cu_seqlens": bounds}
+    yield flat, {"cu_seqlens": bounds, "ranks": ranks.flatten(), "top_k": 2}
+    if items <= 300:
+        yield rewardfuse.all_pairs_loss, {"labels": ranks, "lengths": lengths, "weight": weight}
+        yield rewardfuse.all_pairs_loss, {"labels": ranks.float(), "mask": mask, "margin": weight[-1] / 2}
+
+
+def run_lists(
+    backend: str, op: Callable[..., Tensor], scores: Tensor, reduction: str, arguments: dict[str, Any]
+) -> list[Tensor]:
+    """Loss and gradient by one backend, in float64 on the CPU."""
+    scores = scores.detach().requires_grad_()
+    with rewardfuse.use_backend(backend):
+        loss = op(scores, reduction=reduction, **arguments)
+        (gradient,) = torch.autograd.grad(loss, scores, torch.full_like(loss, 0.5).expand_as(loss))
+    return [x.detach().double().cpu() for x in (loss, gradient)]
+
+
+def check_lists(dtype: torch.dtype, lists: int, items: int, reduction: str) -> Iterator[str | None]:
+    """For every call what differs, or None."""
+    for layout, scores in enumerate(list_layouts(lists, items, dtype)):
+        for number, (op, arguments) in enumerate(list_calls(lists, items)):
+            if reduction == "mean" and number % 2:
+                arguments["normalizer"] = torch.tensor(3.0, device=DEVICE)
+            found = run_lists("native", op, scores, reduction, arguments)
+            on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+            expected = run_lists("reference", op, scores.cpu(), reduction, on_cpu)
+            same = all(torch.allclose(x, y, *[TOLERANCE[dtype]] * 2) for x, y in zip(found, expected, strict=True))
+            call = f"{op.__name__}, {dtype}, {lists} lists of {items}, {reduction}, layout {layout}, call {number}"
+            yield None if same else call
+
+
+def check_pairs(dtype: torch.dtype, items: int, reduction: str) -> Iterator[str | None]:
+    """For every call what differs, or None."""
+    for layout, (a, b) in enumerate(layouts(items, dtype)):
+        for number, chosen in enumerate(options(a.shape, dtype)):
+            for name, op in OPS.items():
+                call = f"{name}, {dtype}, {items} items, {reduction}, layout {layout}, options {number}"
+                yield call if differs(op, a, b, reduction, chosen) else None
+
+
+def checks() -> Iterator[str | None]:
+    """Every call of every op."""
+    for dtype, reduction in itertools.product(DTYPES, REDUCTIONS):
+        for items in SIZES:
+            yield from check_pairs(dtype, items, reduction)
+        for lists, items in LISTS:
+            yield from check_lists(dtype, lists, items, reduction)
+
+
 def main() -> int:
     """0 where the native backend agrees with the reference everywhere, 1 where not, 2 where it cannot run."""
     try:
@@ -108,14 +193,9 @@ def main() -> int:
         print(f"sanitize: needs the native backend and a GPU: {error}", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    calls, wrong = 0, []
-    for (name, op), dtype, items, reduction in itertools.product(OPS.items(), DTYPES, SIZES, REDUCTIONS):
-        for layout, (a, b) in enumerate(layouts(items, dtype)):
-            for number, chosen in enumerate(options(a.shape, dtype)):
-                calls += 1
-                if differs(op, a, b, reduction, chosen):
-                    wrong.append(f"{name}, {dtype}, {items} items, {reduction}, layout {layout}, options {number}")
-    print(f"sanitize: {calls} calls of the native kernels each way, {len(wrong)} differ from the reference")
+    results = list(checks())
+    wrong = [call for call in results if call]
+    print(f"sanitize: {len(results)} calls of the native kernels each way, {len(wrong)} differ from the reference")
     for line in wrong[:20]:
         print(f"  {line}")
     return 1 if wrong else 0

@@ -18,17 +18,16 @@ from rewardfuse.bench.measure import Case, Contestant
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    assert (
-        bench.main(["bradley_terry", "--quick", "--repeats", "3", "--output_dir", str(folder), "--name", "here"]) == 0
-    )
+    arguments = ["--quick", "--repeats", "3", "--output_dir", str(folder), "--name", "here"]
+    assert bench.main(["bradley_terry", "plackett_luce", *arguments]) == 0
     return folder
 
 
 def test_a_contestant_is_lost_or_has_no_time(quick_run):
     result = json.loads((quick_run / "here.json").read_text(encoding="utf-8"))
-    cases = result["ops"]["bradley_terry"]["cases"]
-    assert len(cases) >= 2
-    for case in cases:
+    assert set(result["ops"]) == {"bradley_terry", "plackett_luce"}
+    assert all(len(op["cases"]) >= 2 for op in result["ops"].values())
+    for case in (case for op in result["ops"].values() for case in op["cases"]):
         for measurement in case["measurements"]:
             measured = measurement["seconds"]
             assert set(measured) | set(case["left_out"]) >= {*BACKENDS, "torch", "torch.compile"}
@@ -37,6 +36,12 @@ def test_a_contestant_is_lost_or_has_no_time(quick_run):
                 assert 0 < summary["lower_quartile"] <= summary["median"] <= summary["upper_quartile"] < math.inf
             assert set(measurement["ratio_to"]) == set(measured) - {measurement["ours"]}
     assert {"cpu", "cores", "torch", "date"} <= set(result["machine"])
+
+
+def test_packed_lists_do_not_race_against_padded_ones(quick_run):
+    cases = json.loads((quick_run / "here.json").read_text(encoding="utf-8"))["ops"]["plackett_luce"]["cases"]
+    packed = next(case for case in cases if "packed" in case["name"])
+    assert all("padded" in measurement["ratio_to"] for measurement in packed["measurements"])
 
 
 def test_a_target_of_the_issue_is_not_marked(quick_run):
@@ -56,7 +61,7 @@ def test_the_picture_is_no_picture(quick_run):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["plackett"], "an op among bradley_terry, got 'plackett'"),
+        (["plackett"], "an op among bradley_terry, plackett_luce, got 'plackett'"),
         (["--device", "tpu"], "cpu or cuda, got 'tpu'"),
         (["--repeats", "0"], "--repeats: expected a number from 1, got 0"),
         (["--name", "a/b"], "without folders, got 'a/b'"),
@@ -115,12 +120,47 @@ def test_every_contestant_has_as_many_turns():
 
         def sample(self, step):
             step()
-            return 1.0
+            return 1e-3
 
     seconds = measure.take_turns(races, OneStep(), rounds=4)
     assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 4, "c": 4}
     firsts = names[:: 2 * len(races)]
     assert set(firsts) == {"a", "b", "c"}  # nobody always goes first
+
+
+def test_a_slow_contestant_holds_up_the_run(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    lasts = {"fast": 1e-3, "slow": 10.0}
+    races = [measure.Race(name, lambda: None, contextlib.nullcontext) for name in lasts]
+
+    class NamedStep:
+        name = "named step"
+
+        def sample(self, step):
+            seconds = next(lasts[race.name] for race in races if race.step is step)
+            now[0] += seconds
+            return seconds
+
+    seconds = measure.take_turns(races, NamedStep(), rounds=20)
+    assert {name: len(values) for name, values in seconds.items()} == {"fast": 20, "slow": measure.FEWEST_ROUNDS}
+    assert measure.ratios([1, 2, 9, 9], [2, 4])["median"] == 0.5  # the rounds that both were in
+
+
+def test_gradients_of_another_layout_are_not_compared():
+    case = case_of(lambda x: x.exp().sum(), lambda x: x.exp().sum())
+    found = iter([torch.ones(2), torch.tensor([1.0, 1.5])])
+    with pytest.raises(RuntimeError, match=r"compute different things: gradient off by 0\.5"):
+        measure.check_agreement(dataclasses.replace(case, gradients=lambda: [next(found)]))
+
+
+def test_a_small_ratio_reads_as_zero():
+    ratio = {"median": 1 / 104, "reach": 1 / 60, "reached": True}
+    summary = {"median": 0.3, "lower_quartile": 0.3, "upper_quartile": 0.3, "rounds": 5}
+    measurement = {"direction": "forward + backward", "clock": "wall", "rounds": 50}
+    measurement |= {"seconds": {"torch": summary}, "ratio_to": {"torch": ratio}}
+    text = report.table("plackett_luce", {"name": "lists", "measurements": [measurement], "left_out": {}})
+    assert "1/104" in text and "≤ 1/60 reached" in text and "n=5" in text
 
 
 def test_threads_stay_changed():

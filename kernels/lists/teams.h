@@ -7,7 +7,7 @@
 namespace rewardfuse::lists {
 
 constexpr int64_t kBlockThreads = 256;
-constexpr int64_t kCudaSums = 2;       // loss and count of lists, over the grid
+constexpr int64_t kCudaSums = 2;        // loss and count of lists, over the grid
 constexpr int64_t kSlotsPerThread = 4;  // neighbours that a thread of a plackett_luce kernel takes
 
 struct Teams {

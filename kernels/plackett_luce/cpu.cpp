@@ -177,7 +177,7 @@ class Range {
   // One long list, chunk by chunk.
   void one_list(const Lane& whole) {
     const int64_t pieces = chunks(whole.count), at = saved_at(lists_, whole.list.index);
-    Suffix<T> carry{kLowest<T>, 0};
+    Carry<T> carry;
     if (out_) {
       double carried = 0;
       const T scale = factor(whole.list);
@@ -185,7 +185,7 @@ class Range {
         const bool last = c == pieces - 1;
         const T* const saved = static_cast<const T*>(out_->saved) + 2 * (at + c);
         cut(whole, c);
-        long_backward<weighted>(tile_, last ? carry : Suffix<T>{saved[0], saved[1]}, carried, scale);
+        long_backward<weighted>(tile_, last ? carry : Carry<T>{saved[0], saved[1]}, carried, scale);
         mover_.store(runs_);
       }
     } else {
@@ -193,7 +193,7 @@ class Range {
       for (int64_t c = pieces - 1; c >= 0; --c) {
         if (saved_ && c < pieces - 1) {
           saved_[2 * (at + c)] = carry.max;
-          saved_[2 * (at + c) + 1] = carry.sum;
+          saved_[2 * (at + c) + 1] = static_cast<T>(carry.sum);
         }
         cut(whole, c);
         loss += long_forward<weighted>(tile_, carry);

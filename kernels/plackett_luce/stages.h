@@ -63,14 +63,15 @@ class StageLoss {
       excess_ -= *v == 0.0f ? V{} : *v * (score - first);
     }
   }
-  // Before the product of mantissas in [1, 2) could overflow.
+  // Before the product of mantissas in [1, 2) could overflow, and before sums lose digits.
   RF_HD void fold() {
-    logs_ += log_nonnegative(product_);
+    folded_ += excess_ + log_nonnegative(product_);
+    excess_ = V{};
     product_ = broadcast(T(1));
   }
   RF_HD V total() const {
     const Mask exponent = exponent_ - kBias * stages_;
-    return excess_ + (logs_ + log_nonnegative(product_)) +
+    return folded_ + (excess_ + log_nonnegative(product_)) +
            __builtin_convertvector(exponent, V) * T(0.69314718055994530942);
   }
 
@@ -80,11 +81,11 @@ class StageLoss {
     return (V)((bits & ((typename Lanes<T>::Int(1) << kMantissa) - 1)) | one);
   }
 
-  V excess_{}, logs_{}, product_ = broadcast(T(1));
+  V excess_{}, folded_{}, product_ = broadcast(T(1));
   Mask exponent_{};
   typename Lanes<T>::Int stages_ = 0;
 };
-constexpr int64_t kFold = 64;
+constexpr int64_t kFold = 32;
 
 template <class T>
 RF_HD Suffix<typename Lanes<T>::Reg> nothing() {
@@ -123,19 +124,20 @@ typename Lanes<T>::Reg short_forward(const Tile<T>& tile) {
         loss.add_excess(suffix.max, score, is_observed(tile, c));
         loss.add_log(suffix.sum, is_observed(tile, c));
       }
-      if (c % kFold == 0) loss.fold();
     }
+    if (c % kFold == 0) loss.fold();
   });
   return suffix.sum == suffix.sum ? loss.total() : suffix.sum;  // a NaN behind the observed positions
 }
 
-// From keep and add, with the sums from and behind a position, to r and p.
+// From keep and add, with the sums from and behind a position, to r and p. Returns 1 / sum.
 template <class T>
-RF_HD void step_to_ratios(const Tile<T>& tile, int64_t c, typename Lanes<T>::Reg sum, typename Lanes<T>::Reg behind,
-                          Step<typename Lanes<T>::Reg> step) {
+RF_HD typename Lanes<T>::Reg step_to_ratios(const Tile<T>& tile, int64_t c, typename Lanes<T>::Reg sum,
+                                            typename Lanes<T>::Reg behind, Step<typename Lanes<T>::Reg> step) {
   const auto inverse = 1.0f / sum;
   tile.add[c] = step.add * inverse;
   tile.keep[c] = behind * step.keep * inverse;
+  return inverse;
 }
 
 // Q from the first column to the last, and the gradient in place of the scores. `carried` is r·Q of what stands before.
@@ -144,9 +146,10 @@ void gradient_from_ratios(const Tile<T>& tile, typename Lanes<T>::Reg carried, t
   using V = typename Lanes<T>::Reg;
   const V one = broadcast(T(1));
   const auto column = [&](int64_t c, V u, V v) __attribute__((always_inline)) {
-    const V q = u + carried;
-    tile.score[c] = (tile.add[c] * q - v) * factor;
-    carried = q * tile.keep[c];
+    const V q = u + carried, p = tile.add[c];
+    tile.score[c] = (p * q - v) * factor;
+    // r = 1 − p, rounded near 1, is off in the same direction for many positions; q − p·q is not.
+    carried = p < 0.5f ? q - p * q : q * tile.keep[c];
   };
   if constexpr (weighted) {
     for (int64_t c = 0; c < tile.columns; ++c) column(c, tile.u[c], tile.v ? tile.v[c] : tile.u[c]);
@@ -171,20 +174,34 @@ void short_backward(const Tile<T>& tile, typename Lanes<T>::Reg factor) {
   gradient_from_ratios<weighted>(tile, typename Lanes<T>::Reg{}, factor);
 }
 
-// A piece of one list, lane by lane on its own: fills sum, scale, and keep and add where asked. Leaves `behind.sum`
-// with the sum behind each lane, and `carry` with the state in front of the piece.
+// log Σ e^s of what a list holds behind a piece. Sums across runs and pieces are float64, so that they do not drift.
+template <class T>
+struct Carry {
+  T max = kLowest<T>;
+  double sum = 0;
+};
+
+// What stands behind each run, relative to the largest score there, and from its first position on.
+template <class T>
+struct Behind {
+  typename Lanes<T>::Reg max{}, sum{};
+  double exact[Lanes<T>::count], with_run[Lanes<T>::count];
+};
+
+// A piece of one list, run by run on its own: fills sum, scale, and keep and add where asked. Leaves `carry` with the
+// state in front of the piece.
 template <bool backward, class T, class F>
-void runs(const Tile<T>& tile, Suffix<T>& carry, Suffix<typename Lanes<T>::Reg>& behind, F&& each) {
+Behind<T> take_runs(const Tile<T>& tile, Carry<T>& carry, F&& each) {
   using V = typename Lanes<T>::Reg;
   constexpr int lanes = Lanes<T>::count;
+  Behind<T> behind;
   V top = broadcast(kLowest<T>);
   for (int64_t c = 0; c < tile.columns; ++c) top = tile.score[c] > top ? tile.score[c] : top;
-  T max_behind = carry.max;
   for (int j = lanes - 1; j >= 0; --j) {
-    behind.max[j] = max_behind;
-    max_behind = top[j] > max_behind ? top[j] : max_behind;
+    behind.max[j] = carry.max;
+    carry.max = top[j] > carry.max ? top[j] : carry.max;
   }
-  Suffix<V> suffix{behind.max, {}};
+  Suffix<V> suffix{behind.max, V{}};
   V scale = broadcast(T(1));
   for (int64_t c = tile.columns - 1; c >= 0; --c) {
     const V score = tile.score[c];
@@ -198,37 +215,37 @@ void runs(const Tile<T>& tile, Suffix<T>& carry, Suffix<typename Lanes<T>::Reg>&
     }
     each(c, suffix.max, score);
   }
-  T sum_behind = carry.sum;
   for (int j = lanes - 1; j >= 0; --j) {
-    behind.sum[j] = sum_behind;
-    sum_behind = suffix.sum[j] + sum_behind * scale[j];
+    behind.exact[j] = carry.sum;
+    behind.sum[j] = static_cast<T>(carry.sum);
+    behind.with_run[j] = carry.sum = suffix.sum[j] + carry.sum * scale[j];
   }
-  carry = {max_behind, sum_behind};
+  return behind;
 }
 
 // The loss of a piece; `carry` is the state behind it and becomes the one in front of it.
 template <bool weighted, class T>
-double long_forward(const Tile<T>& tile, Suffix<T>& carry) {
+double long_forward(const Tile<T>& tile, Carry<T>& carry) {
   using V = typename Lanes<T>::Reg;
   StageLoss<T> loss;
-  Suffix<V> behind;
-  const auto sum_at = [&](int64_t c)
-                          __attribute__((always_inline)) { return tile.sum[c] + tile.scale[c] * behind.sum; };
   if constexpr (weighted) {
-    runs<false>(tile, carry, behind, [&](int64_t c, V max, V) { tile.add[c] = max; });
+    const auto behind = take_runs<false>(tile, carry, [&](int64_t c, V max, V) { tile.add[c] = max; });
     for (int64_t c = 0; c < tile.columns; ++c) {
-      loss.add_weighted(tile.add[c], sum_at(c), tile.score[c], tile.u[c], tile.v ? tile.v + c : nullptr, tile.first);
+      const V sum = tile.sum[c] + tile.scale[c] * behind.sum;
+      loss.add_weighted(tile.add[c], sum, tile.score[c], tile.u[c], tile.v ? tile.v + c : nullptr, tile.first);
+      if (c % kFold == 0) loss.fold();
     }
   } else {
-    runs<false>(tile, carry, behind, [&](int64_t c, V max, V score) __attribute__((always_inline)) {
+    const auto behind = take_runs<false>(tile, carry, [&](int64_t c, V max, V score) __attribute__((always_inline)) {
       if (c < tile.all_observed) return loss.add_excess(max, score);
       loss.add_excess(max, score, is_observed(tile, c));
     });
     from_last(tile.columns, tile.all_observed, [&](int64_t c, auto all) __attribute__((always_inline)) {
+      const V sum = tile.sum[c] + tile.scale[c] * behind.sum;
       if constexpr (all) {
-        loss.add_log(sum_at(c));
+        loss.add_log(sum);
       } else {
-        loss.add_log(sum_at(c), is_observed(tile, c));
+        loss.add_log(sum, is_observed(tile, c));
       }
       if (c % kFold == 0) loss.fold();
     });
@@ -240,24 +257,24 @@ double long_forward(const Tile<T>& tile, Suffix<T>& carry) {
 // of what stands before the next piece. It is float64, as is a run's slope, which is formed from the sums at its two
 // ends: a product of as many rounded ratios as the list has items would drift by 1e-4.
 template <bool weighted, class T>
-void long_backward(const Tile<T>& tile, Suffix<T> carry, double& carried, T factor) {
+void long_backward(const Tile<T>& tile, Carry<T> carry, double& carried, T factor) {
   using V = typename Lanes<T>::Reg;
-  Suffix<V> behind;
-  runs<true>(tile, carry, behind, [](int64_t, V, V) {});
-  // A run maps the r·Q before it to `offset` + `slope` times it.
-  V offset{}, ratio = broadcast(T(1)), sum = behind.sum;
+  const auto behind = take_runs<true>(tile, carry, [](int64_t, V, V) {});
+  // A run maps the r·Q before it to `offset` + `slope` times it; each of its stages' weights arrives at its end times
+  // e^(L behind the run − L of the stage).
+  V offset{}, sum = behind.sum;
   for (int64_t c = tile.columns - 1; c >= 0; --c) {
     const V sum_behind = sum;
     sum = tile.sum[c] + tile.scale[c] * behind.sum;
-    step_to_ratios(tile, c, sum, sum_behind, {tile.keep[c], tile.add[c]});
-    ratio *= tile.keep[c];
+    const V inverse = step_to_ratios(tile, c, sum, sum_behind, {tile.keep[c], tile.add[c]});
     const V u = weighted ? tile.u[c] : is_observed(tile, c) ? broadcast(T(1)) : V{};
-    offset += ratio * u;
+    offset += tile.scale[c] * inverse * u;
   }
+  offset *= behind.sum;
   V before;
   for (int j = 0; j < Lanes<T>::count; ++j) {
     before[j] = static_cast<T>(carried);
-    carried = offset[j] + double(behind.sum[j]) * tile.scale[0][j] / sum[j] * carried;
+    carried = offset[j] + behind.exact[j] * tile.scale[0][j] / behind.with_run[j] * carried;
   }
   gradient_from_ratios<weighted>(tile, before, broadcast(factor));
 }

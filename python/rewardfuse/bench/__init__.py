@@ -14,7 +14,10 @@ from typing import Any
 import torch
 
 # An op's module has cases(settings) -> Iterator[Case] and NOTE, a line on who its peers are.
-OPS = {"bradley_terry": "rewardfuse.bench.bradley_terry"}
+OPS = {
+    "bradley_terry": "rewardfuse.bench.bradley_terry",
+    "plackett_luce": "rewardfuse.bench.plackett_luce",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("op", nargs="*", help=f"what to measure: {', '.join(OPS)}")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="torch's threads for every CPU case; default: each case's own")
-    parser.add_argument("--repeats", type=int, help="rounds in which each contestant is timed; default: 50, quick 5")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        help="rounds in which each contestant is timed, fewer for what takes long; default: 50, quick 5",
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: shows that it works, no more")
     parser.add_argument(
         "--output_dir", "--output-dir", type=Path, help="folder for NAME.json and NAME.png; default: none"

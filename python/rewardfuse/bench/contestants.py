@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ def contestants(
     ours: Callable[..., Any],
     line: Callable[..., Any],
     tensors: Sequence[Tensor],
+    without: Mapping[str, str] | None = None,
 ) -> tuple[list[Contestant], dict[str, str]]:
     """The contestants of a case, the backend that users get first, and why others are left out. Each has run once.
 
@@ -40,22 +41,26 @@ def contestants(
         ours: this library's op as a function of the tensors; the 0-d loss, or a tuple that starts with it.
         line: the same in plain torch.
         tensors: the arguments.
+        without: contestants not to measure, and why; the backend that users get is measured all the same.
     """
     chosen = rewardfuse.backend(device)
-    entries, left_out = [], {}
+    without = {name: reason for name, reason in (without or {}).items() if name != chosen}
+    entries, left_out = [], dict(without)
     for name in sorted(_backend.BACKENDS, key=lambda name: name != chosen):
-        reason = _backend.missing(name, device.type)
+        reason = without.get(name) or _backend.missing(name, device.type)
         if name == "triton" and device.type == "cpu":
             reason = "compiles for GPUs; on CPU it is interpreted, for tests"
         if reason is None:
             entries.append((name, ours, partial(rewardfuse.use_backend, name)))
         else:
             left_out[name] = reason
+    entries.append(("torch", line, contextlib.nullcontext))
     torch.compiler.reset()  # else the code of the cases before is looked through at every call
-    compiled = torch.compile(line, dynamic=False)
-    entries += [("torch", line, contextlib.nullcontext), ("torch.compile", compiled, contextlib.nullcontext)]
+    entries.append(("torch.compile", torch.compile(line, dynamic=False), contextlib.nullcontext))
     racing = []
     for name, function, scope in entries:
+        if name in without:
+            continue
         try:
             with torch_threads(threads), scope():
                 forward = bind(function, tensors)

@@ -2,7 +2,8 @@
 
 In each round every contestant gives one sample, and the order turns by one from round to round. A sample is the mean
 of as many steps as fill two milliseconds (on the device clock, one step). A ratio is the median over rounds of ours /
-theirs in that round, which noise that lasts longer than a round cancels out of.
+theirs in that round, which noise that lasts longer than a round cancels out of. Contestants that take long leave after
+a few rounds; a ratio is over the rounds that both took part in.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -21,6 +23,11 @@ from torch import Tensor
 from rewardfuse.bench.clocks import Clock, Step, clocks, count_launches, peak_extra_bytes, torch_threads
 
 WARM_UP_ROUNDS = 3
+#: A contestant that has spent so long on a measurement leaves it, but not before it has this many samples; a quarter
+#: of that time ends its warm-up.
+SECONDS, FEWEST_ROUNDS = 2.0, 5
+#: What a step finds in caches makes no difference to one as long as this.
+LONG_STEP_SECONDS = 0.05
 
 
 class Contestant(NamedTuple):
@@ -51,6 +58,8 @@ class Case:
     reach_bandwidth: float | None = None  #: share of that copy's bandwidth to reach
     reach_launches: int | None = None  #: GPU launches in forward + backward, torch's fill of the first gradient aside
     tolerance: float = 1e-5  #: how far contestants may differ, relative to the largest value
+    #: after a backward pass, the gradients to compare; default: those of the leaves
+    gradients: Callable[[], Sequence[Tensor]] | None = None
 
 
 def forward_backward(contestant: Contestant, leaves: Sequence[Tensor]) -> Step:
@@ -74,31 +83,38 @@ class Race(NamedTuple):
 
 
 def take_turns(races: Sequence[Race], clock: Clock, rounds: int) -> dict[str, list[float]]:
-    """Seconds per step of every contestant, one value a round."""
+    """Seconds per step of every contestant, one value a round; fewer of those that take long."""
     seconds: dict[str, list[float]] = {race.name: [] for race in races}
+    spent = dict.fromkeys(seconds, 0.0)
     with _no_garbage_collection():
         for turn in range(-WARM_UP_ROUNDS, rounds):
             for i in range(len(races)):
                 race = races[(i + turn) % len(races)]
+                samples = seconds[race.name]
+                limit, least = (SECONDS / 4, 0) if turn < 0 else (SECONDS, FEWEST_ROUNDS)
+                if spent[race.name] > limit and len(samples) >= least:
+                    continue
+                started = time.perf_counter()
                 with race.scope():
-                    race.step()  # finds again what entering the scope, or the contestant before, threw out
+                    if not samples or samples[-1] < LONG_STEP_SECONDS:
+                        race.step()  # finds again what entering the scope, or the contestant before, threw out
                     sample = clock.sample(race.step)
+                spent[race.name] += time.perf_counter() - started
                 if turn >= 0:
-                    seconds[race.name].append(sample)
+                    samples.append(sample)
     return seconds
 
 
 def summarize(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    if len(values) == 1:
-        return {"median": values[0], "lower_quartile": values[0], "upper_quartile": values[0]}
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
+    """Median, quartiles and number of rounds."""
+    quartiles = [values[0]] * 3 if len(values) == 1 else statistics.quantiles(values, n=4, method="inclusive")
+    lower, median, upper = quartiles
+    return {"median": median, "lower_quartile": lower, "upper_quartile": upper, "rounds": len(values)}
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of ours / theirs, round by round."""
-    return summarize([a / b for a, b in zip(ours, theirs, strict=True)])
+    """Median and quartiles of ours / theirs, round by round, while both took part."""
+    return summarize([a / b for a, b in zip(ours, theirs, strict=False)])
 
 
 def check_agreement(case: Case) -> None:
@@ -108,11 +124,12 @@ def check_agreement(case: Case) -> None:
         with contestant.scope():
             loss = contestant.forward()
             loss.backward()
-        found = [loss.detach().double(), *(leaf.grad.double() for leaf in case.leaves)]
+        gradients = [leaf.grad for leaf in case.leaves] if case.gradients is None else case.gradients()
+        found = [loss.detach().double(), *(gradient.double() for gradient in gradients)]
         for leaf in case.leaves:
             leaf.grad = None
         expected = expected or found
-        for name, a, b in zip(("loss", *("gradient",) * len(case.leaves)), expected, found, strict=True):
+        for name, a, b in zip(("loss", *("gradient",) * len(gradients)), expected, found, strict=True):
             scale = a.abs().max().item()
             error = (a - b).abs().max().item()
             if not error <= case.tolerance * scale:
@@ -164,11 +181,12 @@ def _measure(case: Case, direction: str, races: Sequence[Race], clock: Clock, ro
         "direction": direction,
         "clock": clock.name,
         "ours": ours,
+        "rounds": rounds,
         "seconds": {name: summarize(values) for name, values in seconds.items()},
         "ratio_to": against,
     }
     if "copy" in seconds:
-        share = summarize([copied / own for copied, own in zip(seconds["copy"], seconds[ours], strict=True)])
+        share = ratios(seconds["copy"], seconds[ours])
         if case.reach_bandwidth is not None:
             share |= {"reach": case.reach_bandwidth, "reached": share["median"] >= case.reach_bandwidth}
         measurement["bandwidth"] = {

@@ -77,7 +77,7 @@ def header(result: dict[str, Any]) -> str:
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
     rounds = result["settings"]["rounds"]
     return (
-        f"{where}; torch {machine['torch']}; {rounds} round{'s' * (rounds > 1)}\n"
+        f"{where}; torch {machine['torch']}; {rounds} round{'s' * (rounds > 1)}, fewer (n) for what takes long\n"
         "times: median [quartiles]; ratio: this library's time / that contestant's, median over rounds\n"
     )
 
@@ -102,8 +102,8 @@ def _clock_table(case: dict[str, Any], clock: str) -> list[str]:
         row, mark = [name], ""
         for m in measurements:
             ratio = m["ratio_to"].get(name)
-            row.append(_spread(m["seconds"][name]) if name in m["seconds"] else "")
-            row.append(f"{ratio['median']:.2f}" if ratio else "")
+            row.append(_spread(m["seconds"][name], m["rounds"]) if name in m["seconds"] else "")
+            row.append(_ratio(ratio["median"]) if ratio else "")
             mark = _reach(ratio or {}, "≤") or mark
         rows.append([*row, mark.strip()])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -122,15 +122,26 @@ def _clock_table(case: dict[str, Any], clock: str) -> list[str]:
 def _reach(figure: dict[str, Any], sign: str) -> str:
     if "reach" not in figure:
         return ""
-    return f"  {sign} {figure['reach']:g} {MARK[figure['reached']]}"
+    reach = figure["reach"]
+    return f"  {sign} {_ratio(reach) if reach < 0.1 else f'{reach:.3g}'} {MARK[figure['reached']]}"
 
 
-def _spread(summary: dict[str, float]) -> str:
+def _ratio(value: float) -> str:
+    """0.42, or 1/60 where decimals say little."""
+    return f"{value:.2f}" if value >= 0.1 else f"1/{1 / value:.3g}" if value > 1e-3 else f"1/{1 / value:.0f}"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}×" if value < 10 else f"{value:.0f}×"
+
+
+def _spread(summary: dict[str, float], rounds: int) -> str:
     unit, scale = next(
         (u, s) for u, s in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if summary["median"] * s >= 1 or u == "µs"
     )
     low, middle, high = (summary[key] * scale for key in ("lower_quartile", "median", "upper_quartile"))
-    return f"{middle:.3g} {unit} [{low:.3g}, {high:.3g}]"
+    fewer = f" n={summary['rounds']}" * (summary["rounds"] < rounds)
+    return f"{middle:.3g} {unit} [{low:.3g}, {high:.3g}]{fewer}"
 
 
 def write(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
@@ -214,9 +225,9 @@ def _bar(axes: Any, position: int, peer: str, ratio: dict[str, Any]) -> None:
         error_kw={"ecolor": "black", "elinewidth": 1},
     )
     end = max(1 / ratio["lower_quartile"], 1)
-    text = f"{speedup:.2f}×"
+    text = _times(speedup)
     if "reach" in ratio:
         axes.plot([1 / ratio["reach"]] * 2, [position - 0.45, position + 0.45], color="black", lw=2)
-        text += f"  (target {1 / ratio['reach']:.2f}×, {MARK[ratio['reached']]})"
+        text += f"  (target {_times(1 / ratio['reach'])}, {MARK[ratio['reached']]})"
         end = max(end, 1 / ratio["reach"])
     axes.annotate(text, (end, position), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")

@@ -64,9 +64,9 @@ def _runs(begins: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tie_weights(
-    groups: Groups, position_weight: Tensor | None, observed: Tensor, breslow: bool, dtype: torch.dtype
+    groups: Groups, position_weight: Tensor | None, limit: Tensor | int, breslow: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(u, v) by place; `position_weight` ``[N]`` or by place; `observed`: whether the place's group is (top_k)."""
+    """(u, v) by place; `position_weight` ``[N]`` or by place; `limit`: top_k by place, where below 1 gives NaN."""
     if position_weight is None:
         mean = torch.ones_like(groups.size, dtype=dtype)
     else:
@@ -74,7 +74,9 @@ def tie_weights(
         sums = torch.nn.functional.pad(weights.cumsum(-1), (1, 0))
         ends = (groups.start + groups.size).clamp(max=groups.start.shape[-1])
         mean = ((sums.gather(-1, ends) - sums.gather(-1, groups.start)) / groups.size.clamp(min=1)).to(dtype)
-    item_weight = torch.where(observed, mean, 0)
+    item_weight = torch.where(groups.first < limit, mean, 0)
+    if isinstance(limit, Tensor):
+        item_weight = torch.where(limit < 1, torch.nan, item_weight)
     if not breslow:
         return item_weight, item_weight
     place = torch.arange(groups.start.shape[-1], device=groups.start.device)

@@ -28,7 +28,7 @@ def all_pairs_loss(
 
     Args:
         scores: one score a response, ``[*, K]``; float16, bfloat16, float32 or float64.
-        labels: :math:`y`, ``[*, K]``, any real dtype; higher is better, equal labels form no pair.
+        labels: :math:`y`, ``[*, K]``, any real dtype, compared as float64; higher is better, equal labels form no pair.
         lengths: integer ``[*]``; only the first so many items of a list are there.
         mask: boolean ``[*, K]``; only items where it is True are there.
         margin: :math:`m`, a number or a 0-d tensor, by how much the scores should differ for each unit of label.

@@ -64,10 +64,10 @@ def plackett_luce_loss(
     Returns:
         The loss in nats, float32 (float64 for float64 scores).
 
-    Gradients flow to ``scores`` alone; a second derivative raises NotImplementedError. No finite scores overflow, and
-    a NaN score makes its own list NaN and no other. Against float64 the loss of a list is off by at most 2e-6·max(1, ℓ)
-    for float32 scores within ±1000 and lists up to 65,536. Backward keeps the scores and, for lists of more than 1,024
-    items, two numbers for each 1,024; with ``ranks`` also an order and, where items tie, two weights an item.
+    Gradients flow to ``scores`` alone; a second derivative raises NotImplementedError (the reference backend has it).
+    No finite scores overflow, and a NaN score makes its own list NaN and no other. Against float64 the loss of a list is off by at most 2e-6·max(1, ℓ)
+    for float32 scores within ±1000 and lists up to 65,536. Backward keeps the scores and, for lists of more than 512
+    items, two numbers for every 512 or 1,024; with ``ranks`` also an order and, where items tie, two weights an item.
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype that it cannot have.
@@ -93,6 +93,8 @@ def plackett_luce_loss(
     _lists.check_items(scores, shape, lengths, mask)
     _lists.check_by_position("position_weight", position_weight, scores)
     _lists.check_per_list("top_k", call.top_k, shape, scores, scalar=False)
+    if _checks.values_are_checked(scores):
+        _lists.check_top_k_values(call.top_k)
     valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
     if lengths is not None:
         valid = torch.arange(scores.shape[-1], device=scores.device) < lengths.unsqueeze(-1)
@@ -146,6 +148,8 @@ def plackett_luce_loss_packed(
         call.position_weight = _by_item(position_weight, place, scores)
     if ranks is None:
         return call.loss()
+    if _checks.values_are_checked(scores):
+        _lists.check_top_k_values(call.top_k)
     _check_ranks(ranks, scores, torch.ones_like(scores, dtype=torch.bool))
     _lists.check_per_list("top_k", call.top_k, torch.Size([cu_seqlens.numel() - 1]), scores, scalar=False)
     limit = call.top_k_value or scores.numel() if call.top_k is None else call.top_k[lists]
@@ -269,8 +273,7 @@ def _tied_loss(call: Stages, groups: _rankings.Groups, limit: Tensor | int, ties
     eager = not torch.compiler.is_compiling() and scores.device.type == "cpu"
     if eager and not ((groups.size > 1) & groups.valid).any():
         return call.loss(order=groups.order)
-    observed = groups.first < limit
-    weights = _rankings.tie_weights(groups, call.position_weight, observed, ties == "breslow", dtype)
+    weights = _rankings.tie_weights(groups, call.position_weight, limit, ties == "breslow", dtype)
     call.position_weight, call.item_weight = weights
     call.top_k, call.top_k_value = None, 0
     return call.loss(order=groups.order) if ties == "breslow" else _efron_loss(call, groups, lists, dtype)

@@ -74,7 +74,7 @@ def all_pairs_loss(
     bad = (counted & (labels != labels)).any(-1)
     if lengths is not None:
         bad = bad | (lengths < 0) | (lengths > scores.shape[-1])
-    means = torch.where(bad, torch.nan, means)
+    means = means * torch.where(bad, torch.nan, 1.0)  # and so is the gradient
     losses = torch.where(weight != 0, weight * means, torch.zeros_like(means))
     return reduce(losses, has_pair, reduction, normalizer, normalizer_value)
 

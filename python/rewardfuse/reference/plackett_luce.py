@@ -54,7 +54,7 @@ def plackett_luce_loss(
     ranked = scores if order is None else scores.gather(-1, order.long().clamp(0, max(size - 1, 0)))
     nll = _likelihood(ranked.to(weight.dtype), counted, position_weight, item_weight, top_k, top_k_value)
     inside = inside if top_k is None else inside & (top_k >= 1)
-    nll = torch.where(inside, nll, torch.nan)
+    nll = nll * torch.where(inside, 1.0, torch.nan)  # and so is the gradient
     losses = torch.where(weight != 0, weight * nll, torch.zeros_like(nll))
     return reduce(losses, (count > 0) | ~inside, reduction, normalizer, normalizer_value)
 
