@@ -48,6 +48,18 @@ RF_HD double sum_lanes(V x) {
   return total;
 }
 
+// The same within the type, for sums whose terms are many and short.
+template <class V>
+RF_HD lane_t<V> add_lanes(V x) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(x[0]) == 4) return _mm512_reduce_add_ps((__m512)x);
+  if constexpr (sizeof(x[0]) == 8) return _mm512_reduce_add_pd((__m512d)x);
+#endif
+  lane_t<V> total = 0;
+  for (unsigned j = 0; j < sizeof(V) / sizeof(x[0]); ++j) total += x[j];
+  return total;
+}
+
 // Σ c[k]·x^k, in pairs (Estrin): half the latency of Horner's rule, which the loops here wait for.
 template <class V, class T, int terms>
 RF_HD V polynomial(V x, const T (&c)[terms]) {

@@ -84,38 +84,31 @@ void for_each_pair(const Items<T>& items, T margin, F&& f) {
   }
 }
 
-template <class T>
-double number_of_pairs(const Items<T>& items) {
-  using V = typename Lanes<T>::Reg;
-  constexpr int64_t lanes = Lanes<T>::count;
-  int64_t count = 0;
-  for (int64_t i = 0; i + 1 < items.count; ++i) {
-    typename Lanes<T>::Mask differ{};
-    for (int64_t j = i + 1; j < items.count; j += lanes) {
-      const V label = load_as<V>(items.label + j, 1, lanes);
-      const auto pair = first_lanes<T>(items.count - j) & (broadcast(items.label[i]) != label);
-      differ -= pair & (label == label);
-    }
-    for (int64_t k = 0; k < lanes; ++k) count += differ[k];
-  }
-  return static_cast<double>(count);
-}
+struct Sums {
+  double loss = 0, pairs = 0;
+};
 
+// Lanes meet in float64 once in kBlock registers: every time would cost more than the pairs of a short list.
 template <class T>
-double sum_of_losses(const Items<T>& items, T margin) {
+Sums sum_of_losses(const Items<T>& items, T margin) {
   using V = typename Lanes<T>::Reg;
-  double total = 0;
-  V of_item{};
-  int64_t item = 0;
-  for_each_pair(items, margin, [&](int64_t i, int64_t, auto is_pair, const PairOfItems<V>& pair) {
-    if (i != item) {
-      total += sum_lanes(of_item);
-      of_item = V{};
-      item = i;
-    }
-    of_item += is_pair ? pair.loss() : V{};
+  constexpr int kBlock = 64;
+  Sums sums;
+  V loss{}, pairs{};
+  int registers = 0;
+  const auto fold = [&] {
+    sums.loss += sum_lanes(loss);
+    sums.pairs += sum_lanes(pairs);
+    loss = pairs = V{};
+    registers = 0;
+  };
+  for_each_pair(items, margin, [&](int64_t, int64_t, auto is_pair, const PairOfItems<V>& pair) {
+    loss += is_pair ? pair.loss() : V{};
+    pairs += is_pair ? V{} + 1.0f : V{};
+    if (++registers == kBlock) fold();
   });
-  return total + sum_lanes(of_item);
+  fold();
+  return sums;
 }
 
 template <class T>
@@ -128,7 +121,7 @@ void sum_slopes(const Items<T>& items, T margin) {
     __builtin_memcpy(&theirs, items.slope + j, sizeof(theirs));
     theirs -= slope;
     __builtin_memcpy(items.slope + j, &theirs, sizeof(theirs));
-    items.slope[i] += static_cast<T>(sum_lanes(slope));
+    items.slope[i] += add_lanes(slope);
   });
 }
 
@@ -154,12 +147,13 @@ void forward(const Problem& problem, int64_t begin, int64_t end, void* scratch, 
       const T weight = lists::per_list<T>(lists.weight, r);
       with_items<T, decltype(storage)>(problem, list, scratch, [&](const auto& items, bool bad) {
         using A = std::remove_cvref_t<decltype(*items.score)>;
-        pairs[r] = number_of_pairs(items);
-        totals.valid += pairs[r] > 0;
+        const Sums sums = sum_of_losses(items, lists::per_list<A>(problem.margin, 0));
+        pairs[r] = sums.pairs;
+        totals.valid += sums.pairs > 0;
         double value = 0;
         if (weight != 0) {
           totals.invalid += bad;
-          if (pairs[r] > 0) value = weight * (sum_of_losses(items, lists::per_list<A>(problem.margin, 0)) / pairs[r]);
+          if (sums.pairs > 0) value = weight * (sums.loss / sums.pairs);
           if (bad) value = __builtin_nan("");
         }
         totals.loss += value;

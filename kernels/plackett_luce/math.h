@@ -1,10 +1,15 @@
 // Plackett–Luce, stage by stage.
 //
 //   L_i = log Σ_{j ≥ i} e^{s_j},   NLL = Σ_i u_i·L_i − v_i·s_i
-//   p_i = e^{s_i − L_i},  r_i = e^{L_{i+1} − L_i},  Q_i = u_i + r_{i−1}·Q_{i−1},  ∂NLL/∂s_i = p_i·Q_i − v_i
 //
-// L_i is carried as max + log(sum), sum ≥ 1 relative to the largest score from i on, so that no exponent is positive,
-// L_i − s_i is not a difference of large numbers, and r_i keeps its relative accuracy where 1 − p_i would not.
+// L_i is carried as max_i + log(sum_i), sum_i ≥ 1 relative to the largest score from i on: no exponent is positive, and
+// L_i − s_i is not a difference of large numbers. With
+//
+//   a_i = Σ_{j ≤ i} u_j·e^{max_i − max_j} / sum_j = u_i / sum_i + a_{i−1}·e^{max_i − max_{i−1}}
+//   ∂NLL/∂s_i = e^{s_i − max_i}·a_i − v_i
+//
+// The maximum seldom falls, so a is a plain sum over long stretches; Q_i = a_i·sum_i, by a recurrence of its own
+// (Q_i = u_i + Q_{i−1}·e^{L_i − L_{i−1}}), is a product of as many rounded factors as there are positions.
 #pragma once
 
 #include "common/host_device.h"
@@ -17,7 +22,8 @@ struct Suffix {
   V max, sum;
 };
 
-// What putting a score in front does: sum' = sum·keep + add.
+// What putting a score in front does: sum' = sum·keep + add, keep = e^{max − max'}, add = e^{s − max'}; one of them
+// is 1.
 template <class V>
 struct Step {
   V keep, add;

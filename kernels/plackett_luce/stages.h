@@ -2,7 +2,7 @@
 //
 // A tile is either `lanes` short lists side by side, each lane a list, or a piece of one long list cut into `lanes`
 // runs of positions that follow one another. The second kind takes a pass more: each run first on its own, then what
-// stands behind it (forward: the sum of later runs; backward: the Q of earlier ones) comes in through one number a run.
+// stands behind it (forward: the sum of later runs; backward: the a of earlier ones) comes in through one number a run.
 #pragma once
 
 #include "common/simd.h"
@@ -18,9 +18,9 @@ template <class T>
 struct Tile {
   using V = typename Lanes<T>::Reg;
   V* score = nullptr;  // −inf where a lane has ended; backward leaves the gradient here
-  V* keep = nullptr;   // of the step to this position, then r
-  V* add = nullptr;    // likewise, then p
-  V* sum = nullptr;    // of the run from this position on, relative to the largest score from here on
+  V* keep = nullptr;   // of the step to this position
+  V* add = nullptr;    // likewise
+  V* sum = nullptr;    // of the run from this position on, relative to the largest score from here on; then u / sum
   V* scale = nullptr;  // what a sum behind the run is worth relative to that
   V* u = nullptr;      // weights by position, 0 beyond the observed ones; null: 1 at observed positions
   V* v = nullptr;      // null: u
@@ -130,36 +130,31 @@ typename Lanes<T>::Reg short_forward(const Tile<T>& tile) {
   return suffix.sum == suffix.sum ? loss.total() : suffix.sum;  // a NaN behind the observed positions
 }
 
-// From keep and add, with the sums from and behind a position, to r and p. Returns 1 / sum.
-template <class T>
-RF_HD typename Lanes<T>::Reg step_to_ratios(const Tile<T>& tile, int64_t c, typename Lanes<T>::Reg sum,
-                                            typename Lanes<T>::Reg behind, Step<typename Lanes<T>::Reg> step) {
-  const auto inverse = 1.0f / sum;
-  tile.add[c] = step.add * inverse;
-  tile.keep[c] = behind * step.keep * inverse;
-  return inverse;
+// What a stage adds to a, u / sum; 0 where nothing was observed, whatever the sum is.
+template <bool weighted, class T>
+RF_HD typename Lanes<T>::Reg stage_weight(const Tile<T>& tile, int64_t c, typename Lanes<T>::Reg sum) {
+  using V = typename Lanes<T>::Reg;
+  if constexpr (weighted) return tile.u[c] == 0.0f ? V{} : tile.u[c] / sum;
+  return is_observed(tile, c) ? 1.0f / sum : V{};
 }
 
-// Q from the first column to the last, and the gradient in place of the scores. `carried` is r·Q of what stands before.
+// a from the first column to the last, and the gradient in place of the scores. Finds the stages' weights in `sum`;
+// `a` is what comes from the positions before.
 template <bool weighted, class T>
-void gradient_from_ratios(const Tile<T>& tile, typename Lanes<T>::Reg carried, typename Lanes<T>::Reg factor) {
+void gradient_from_weights(const Tile<T>& tile, typename Lanes<T>::Reg a, typename Lanes<T>::Reg factor) {
   using V = typename Lanes<T>::Reg;
   const V one = broadcast(T(1));
-  const auto column = [&](int64_t c, V u, V v) __attribute__((always_inline)) {
-    const V q = u + carried, p = tile.add[c];
-    tile.score[c] = (p * q - v) * factor;
-    // r = 1 − p, rounded near 1, is off in the same direction for many positions; q − p·q is not.
-    carried = p < 0.5f ? q - p * q : q * tile.keep[c];
+  const auto column = [&](int64_t c, V v) __attribute__((always_inline)) {
+    a += tile.sum[c];
+    tile.score[c] = (tile.add[c] * a - v) * factor;
+    a *= tile.keep[c];
   };
   if constexpr (weighted) {
-    for (int64_t c = 0; c < tile.columns; ++c) column(c, tile.u[c], tile.v ? tile.v[c] : tile.u[c]);
+    for (int64_t c = 0; c < tile.columns; ++c) column(c, tile.v ? tile.v[c] : tile.u[c]);
   } else {
     const int64_t all = tile.all_observed < tile.columns ? tile.all_observed : tile.columns;
-    for (int64_t c = 0; c < all; ++c) column(c, one, one);
-    for (int64_t c = all; c < tile.columns; ++c) {
-      const V u = is_observed(tile, c) ? one : V{};
-      column(c, u, u);
-    }
+    for (int64_t c = 0; c < all; ++c) column(c, one);
+    for (int64_t c = all; c < tile.columns; ++c) column(c, is_observed(tile, c) ? one : V{});
   }
 }
 
@@ -167,11 +162,12 @@ template <bool weighted, class T>
 void short_backward(const Tile<T>& tile, typename Lanes<T>::Reg factor) {
   auto suffix = nothing<T>();
   for (int64_t c = tile.columns - 1; c >= 0; --c) {
-    const auto behind = suffix.sum;
     const auto step = put_in_front(suffix, tile.score[c]);
-    step_to_ratios(tile, c, suffix.sum, behind, step);
+    tile.keep[c] = step.keep;
+    tile.add[c] = step.add;
+    tile.sum[c] = stage_weight<weighted>(tile, c, suffix.sum);
   }
-  gradient_from_ratios<weighted>(tile, typename Lanes<T>::Reg{}, factor);
+  gradient_from_weights<weighted>(tile, typename Lanes<T>::Reg{}, factor);
 }
 
 // log Σ e^s of what a list holds behind a piece. Sums across runs and pieces are float64, so that they do not drift.
@@ -181,27 +177,19 @@ struct Carry {
   double sum = 0;
 };
 
-// What stands behind each run, relative to the largest score there, and from its first position on.
-template <class T>
-struct Behind {
-  typename Lanes<T>::Reg max{}, sum{};
-  double exact[Lanes<T>::count], with_run[Lanes<T>::count];
-};
-
 // A piece of one list, run by run on its own: fills sum, scale, and keep and add where asked. Leaves `carry` with the
-// state in front of the piece.
+// state in front of the piece; returns the sums behind the runs.
 template <bool backward, class T, class F>
-Behind<T> take_runs(const Tile<T>& tile, Carry<T>& carry, F&& each) {
+typename Lanes<T>::Reg take_runs(const Tile<T>& tile, Carry<T>& carry, F&& each) {
   using V = typename Lanes<T>::Reg;
   constexpr int lanes = Lanes<T>::count;
-  Behind<T> behind;
-  V top = broadcast(kLowest<T>);
+  V max_behind, sum_behind, top = broadcast(kLowest<T>);
   for (int64_t c = 0; c < tile.columns; ++c) top = tile.score[c] > top ? tile.score[c] : top;
   for (int j = lanes - 1; j >= 0; --j) {
-    behind.max[j] = carry.max;
+    max_behind[j] = carry.max;
     carry.max = top[j] > carry.max ? top[j] : carry.max;
   }
-  Suffix<V> suffix{behind.max, V{}};
+  Suffix<V> suffix{max_behind, V{}};
   V scale = broadcast(T(1));
   for (int64_t c = tile.columns - 1; c >= 0; --c) {
     const V score = tile.score[c];
@@ -216,11 +204,10 @@ Behind<T> take_runs(const Tile<T>& tile, Carry<T>& carry, F&& each) {
     each(c, suffix.max, score);
   }
   for (int j = lanes - 1; j >= 0; --j) {
-    behind.exact[j] = carry.sum;
-    behind.sum[j] = static_cast<T>(carry.sum);
-    behind.with_run[j] = carry.sum = suffix.sum[j] + carry.sum * scale[j];
+    sum_behind[j] = static_cast<T>(carry.sum);
+    carry.sum = suffix.sum[j] + carry.sum * scale[j];
   }
-  return behind;
+  return sum_behind;
 }
 
 // The loss of a piece; `carry` is the state behind it and becomes the one in front of it.
@@ -231,7 +218,7 @@ double long_forward(const Tile<T>& tile, Carry<T>& carry) {
   if constexpr (weighted) {
     const auto behind = take_runs<false>(tile, carry, [&](int64_t c, V max, V) { tile.add[c] = max; });
     for (int64_t c = 0; c < tile.columns; ++c) {
-      const V sum = tile.sum[c] + tile.scale[c] * behind.sum;
+      const V sum = tile.sum[c] + tile.scale[c] * behind;
       loss.add_weighted(tile.add[c], sum, tile.score[c], tile.u[c], tile.v ? tile.v + c : nullptr, tile.first);
       if (c % kFold == 0) loss.fold();
     }
@@ -241,7 +228,7 @@ double long_forward(const Tile<T>& tile, Carry<T>& carry) {
       loss.add_excess(max, score, is_observed(tile, c));
     });
     from_last(tile.columns, tile.all_observed, [&](int64_t c, auto all) __attribute__((always_inline)) {
-      const V sum = tile.sum[c] + tile.scale[c] * behind.sum;
+      const V sum = tile.sum[c] + tile.scale[c] * behind;
       if constexpr (all) {
         loss.add_log(sum);
       } else {
@@ -253,30 +240,24 @@ double long_forward(const Tile<T>& tile, Carry<T>& carry) {
   return sum_lanes(loss.total());
 }
 
-// The gradient of a piece; `carry` is the state behind it, `carried` is r·Q of what stands before it and becomes that
-// of what stands before the next piece. It is float64, as is a run's slope, which is formed from the sums at its two
-// ends: a product of as many rounded ratios as the list has items would drift by 1e-4.
+// The gradient of a piece; `carry` is the state behind it, `carried` is the a that comes from the positions before it
+// and becomes that of the positions before the next piece.
 template <bool weighted, class T>
 void long_backward(const Tile<T>& tile, Carry<T> carry, double& carried, T factor) {
   using V = typename Lanes<T>::Reg;
-  const auto behind = take_runs<true>(tile, carry, [](int64_t, V, V) {});
-  // A run maps the r·Q before it to `offset` + `slope` times it; each of its stages' weights arrives at its end times
-  // e^(L behind the run − L of the stage).
-  V offset{}, sum = behind.sum;
-  for (int64_t c = tile.columns - 1; c >= 0; --c) {
-    const V sum_behind = sum;
-    sum = tile.sum[c] + tile.scale[c] * behind.sum;
-    const V inverse = step_to_ratios(tile, c, sum, sum_behind, {tile.keep[c], tile.add[c]});
-    const V u = weighted ? tile.u[c] : is_observed(tile, c) ? broadcast(T(1)) : V{};
-    offset += tile.scale[c] * inverse * u;
+  const V behind = take_runs<true>(tile, carry, [](int64_t, V, V) {});
+  V gained{};  // by the a that leaves a run from the run's own stages
+  for (int64_t c = 0; c < tile.columns; ++c) {
+    const V weight = stage_weight<weighted>(tile, c, tile.sum[c] + tile.scale[c] * behind);
+    gained += tile.scale[c] * weight;
+    tile.sum[c] = weight;
   }
-  offset *= behind.sum;
   V before;
   for (int j = 0; j < Lanes<T>::count; ++j) {
     before[j] = static_cast<T>(carried);
-    carried = offset[j] + behind.exact[j] * tile.scale[0][j] / behind.with_run[j] * carried;
+    carried = gained[j] + double(tile.scale[0][j]) * carried;
   }
-  gradient_from_ratios<weighted>(tile, before, broadcast(factor));
+  gradient_from_weights<weighted>(tile, before, broadcast(factor));
 }
 
 }  // namespace rewardfuse::REWARDFUSE_TARGET::plackett_luce

@@ -65,9 +65,11 @@ def plackett_luce_loss(
         The loss in nats, float32 (float64 for float64 scores).
 
     Gradients flow to ``scores`` alone; a second derivative raises NotImplementedError (the reference backend has it).
-    No finite scores overflow, and a NaN score makes its own list NaN and no other. Against float64 the loss of a list is off by at most 2e-6·max(1, ℓ)
-    for float32 scores within ±1000 and lists up to 65,536. Backward keeps the scores and, for lists of more than 512
-    items, two numbers for every 512 or 1,024; with ``ranks`` also an order and, where items tie, two weights an item.
+    No finite scores overflow, and a NaN score makes its own list NaN and no other. Against float64, for float32 scores
+    within ±1000 and lists up to 65,536, the loss of a list is off by at most 1e-6·max(1, ℓ) and a gradient g by
+    1e-5·max(1, \|g\|); on the same lists neither is off by more than four times what ``torch.logcumsumexp`` in float32
+    is (tests/test_plackett_luce.py). Backward keeps the scores and, for lists of more than 512 items, two numbers for
+    every 512 or 1,024; with ``ranks`` also an order and, where items tie, two weights an item.
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype that it cannot have.
