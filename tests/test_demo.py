@@ -4,9 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+from rewardfuse.demo import rankings as ranking_demo
 from rewardfuse.demo import world
 from rewardfuse.demo.__main__ import main
+from rewardfuse.demo.rankings import RankingOptions, compare_losses, mean_with_interval, sample_rankings
+from rewardfuse.demo.report import ranking_notes, ranking_rows
+from rewardfuse.demo.setting import hold_out, longest_text, word_tokenizer
 from rewardfuse.evaluation import log_likelihood, pair_accuracy
 from rewardfuse.reward_model import RewardModel
 
@@ -121,15 +126,125 @@ def test_same_seed_same_report_and_all_files_are_there(tmp_path, capsys):
         assert report == json.loads((tmp_path / name / "report.json").read_text(encoding="utf-8"))
         del report["seconds"], report["options"]["output_dir"]
         reports.append(report)
-        assert (tmp_path / name / "demo.png").read_bytes().startswith(b"\x89PNG")
+        for picture in ("demo.png", "rankings.png"):
+            assert (tmp_path / name / picture).read_bytes().startswith(b"\x89PNG")
     model = RewardModel.from_pretrained(tmp_path / "a" / "model")
     assert sum(p.numel() for p in model.parameters()) == reports[0]["options"]["parameters"]
     assert reports[0] == reports[1]
     assert reports[0]["learning_curve"][-1]["step"] == 10
     assert reports[0]["model"] != reports[0]["untrained"]
+    taus = [row["kendall_tau_within_prompt"] for row in reports[0]["rankings"]["losses"].values()]
+    assert len({value for tau in taus for value in tau["values"]}) == 6  # no model is another one's copy
     best = reports[0]["best_possible"]
     assert reports[0]["model"]["expected_accuracy_labels"] <= best["expected_accuracy_labels"]
     assert reports[0]["model"]["expected_log_likelihood"] <= best["expected_log_likelihood"]
+
+
+@pytest.fixture(scope="module")
+def rankings():
+    rng = np.random.default_rng(6)
+    train, _ = world.split_prompts(16, rng)
+    return sample_rankings(train, 3000, 6, rng)
+
+
+def test_rankings_do_not_follow_plackett_luce(rankings):
+    scores = world.oracle_reward(rankings.answers)
+    for stage in range(5):  # how often the first one as drawn comes next among what is left, against its probability
+        left = rankings.order[:, stage:]
+        weight = np.exp(np.take_along_axis(scores, left, axis=1))
+        probability = np.take_along_axis(weight, left.argmin(axis=1)[:, None], axis=1)[:, 0] / weight.sum(axis=1)
+        surplus = (left.argmin(axis=1) == 0).sum() - probability.sum()
+        assert abs(surplus) < 4.5 * np.sqrt((probability * (1 - probability)).sum())
+
+
+def test_a_ranking_holds_the_same_text_twice_or_answers_to_several_prompts(rankings):
+    assert all(len(set(texts)) == 6 for texts in rankings.answers.texts())
+    assert (rankings.answers.wish == rankings.answers.wish[:, :1]).all()
+
+
+def test_disjoint_pairs_use_a_response_twice_or_contradict_the_ranking(rankings):
+    records, pairs = rankings.records(), rankings.disjoint_pairs()
+    assert len(pairs) == 3 * len(records)
+    for index, record in enumerate(records):
+        of_list = pairs[3 * index : 3 * index + 3]
+        assert sorted(record.responses) == sorted(text for pair in of_list for text in (pair.chosen, pair.rejected))
+        rank = dict(zip(record.responses, record.ranks, strict=True))
+        assert all(pair.prompt == record.prompt and rank[pair.chosen] < rank[pair.rejected] for pair in of_list)
+
+
+def test_the_three_losses_see_other_responses_or_start_from_other_weights(tmp_path, monkeypatch):
+    seen = []
+
+    def record(model, tokenizer, records, eval_records, options, callbacks):
+        texts = sorted(
+            f"{r.prompt}{text}" for r in records for text in getattr(r, "responses", ()) or (r.chosen, r.rejected)
+        )
+        steps = len(records) / options.per_device_train_batch_size
+        weights = torch.cat([parameter.detach().reshape(-1).clone() for parameter in model.parameters()])
+        seen.append((options.loss, texts, steps, options.learning_rate, options.seed, weights))
+
+    monkeypatch.setattr(ranking_demo, "train_reward_model", record)
+    train, held_out = world.split_prompts(4, np.random.default_rng(0))
+    tokenizer = word_tokenizer()
+    options = RankingOptions(repetitions=2, lists=16, hidden_size=16, heads=2)
+    answers = hold_out(held_out, 8, tokenizer, np.random.default_rng(1))
+    compare_losses(options, train, answers, str(tmp_path), 0, progress=False)
+    first, second = seen[:3], seen[3:]
+    for group in (first, second):
+        assert [call[0] for call in group] == ["plackett_luce", "all_pairs", "bradley_terry"]
+        assert all(call[1:5] == group[0][1:5] and torch.equal(call[5], group[0][5]) for call in group)
+    assert first[0][2] == options.steps == 2
+    assert first[0][1] != second[0][1]
+    assert not torch.equal(first[0][5], second[0][5])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_words_of_the_world_are_unknown_or_cut():
+    tokenizer = word_tokenizer()
+    answers = world.sample_answers(np.zeros((500, 3), int), np.random.default_rng(2))
+    for text in map("".join, zip(answers.prompts(), answers.texts(), strict=True)):
+        ids = tokenizer(text)["input_ids"]
+        assert None not in ids
+        assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
+        assert len(ids) < longest_text()
+
+
+def test_interval_is_not_students():
+    figure = mean_with_interval([1.0, 2.0, 3.0])
+    assert (figure["mean"], figure["values"]) == (2.0, [1.0, 2.0, 3.0])
+    assert (figure["low"], figure["high"]) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-6)  # t(0.975; 2)/√3
+
+
+def test_a_difference_is_called_one_that_its_interval_does_not_show():
+    names = ("accuracy_oracle", "kendall_tau_within_prompt")
+
+    def figures(*values):
+        return {name: mean_with_interval(values) for name in names}
+
+    pairs = [("plackett_luce", "all_pairs"), ("plackett_luce", "bradley_terry"), ("all_pairs", "bradley_terry")]
+    rows = [figures(0.1, -0.1), figures(0.2, 0.21), figures(-0.2, -0.21)]
+    comparison = {
+        "losses": {loss: figures(0.5, 0.6) for loss in ("plackett_luce", "all_pairs", "bradley_terry")},
+        "differences": [{"first": a, "second": b, **row} for (a, b), row in zip(pairs, rows, strict=True)],
+        "steps": 1,
+        "responses": 6,
+    }
+    verdicts = [line.rsplit(", ", 1)[1] for line in ranking_notes(comparison).splitlines()[-3:]]
+    assert verdicts == ["not told apart", "the first is better", "the second is better"]
+    assert ranking_rows(comparison)[1][0] == ["Plackett-Luce", *["0.550 [-0.085, 1.185]"] * 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"repetitions": 1}, "repetitions: expected an int of at least 2, got 1"),
+        ({"list_size": 5}, "list_size: expected an even number of at least 2, got 5"),
+        ({"lists": 12}, "lists: expected a multiple of lists_per_step = 8, got 12"),
+    ],
+)
+def test_a_comparison_that_cannot_be_even_is_not_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        RankingOptions(**change)
 
 
 @pytest.mark.parametrize(

@@ -86,4 +86,15 @@ struct alignas(sizeof(S) * kWidth) Vector {
   S item[kWidth];
 };
 
+// Calls f(accumulation type, storage type) for the dtype of the rewards.
+template <class F>
+void with_rewards(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(double{}, double{});
+    case DType::kFloat16: return f(float{}, __half{});
+    case DType::kBFloat16: return f(float{}, __nv_bfloat16{});
+    default: return f(float{}, float{});
+  }
+}
+
 }  // namespace rewardfuse::cuda

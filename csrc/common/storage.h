@@ -166,6 +166,17 @@ RF_HD auto with_storage(DType dtype, F&& f) {
   return f(int64_t{});
 }
 
+// Calls f(accumulation type, storage type) for the dtype of the rewards.
+template <class F>
+RF_HD void with_rewards(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(double{}, double{});
+    case DType::kFloat16: return f(float{}, Half{});
+    case DType::kBFloat16: return f(float{}, BFloat16{});
+    default: return f(float{}, float{});
+  }
+}
+
 template <class V>
 V load(const Operand& operand, int64_t row, int64_t column, int64_t count) {
   if (operand.data == nullptr) return broadcast(static_cast<lane_t<V>>(operand.value));

@@ -140,7 +140,7 @@ int64_t scratch_bytes(const Problem& problem) { return Items<double>::bytes(prob
 void forward(const Problem& problem, int64_t begin, int64_t end, void* scratch, void* loss, double* pairs,
              Totals& totals) {
   const auto& lists = problem.lists;
-  lists::with_scores(lists.dtype, [&](auto acc, auto storage) {
+  with_rewards(lists.dtype, [&](auto acc, auto storage) {
     using T = decltype(acc);
     for (int64_t r = begin; r < end; ++r) {
       const List list = list_at(lists, r);
@@ -166,7 +166,7 @@ void forward(const Problem& problem, int64_t begin, int64_t end, void* scratch, 
 void backward(const Problem& problem, const Gradients& out, int64_t begin, int64_t end, void* scratch, Totals& totals) {
   const auto& lists = problem.lists;
   const double* const pairs = static_cast<const double*>(out.saved);
-  lists::with_scores(lists.dtype, [&](auto acc, auto storage) {
+  with_rewards(lists.dtype, [&](auto acc, auto storage) {
     using T = decltype(acc);
     using S = decltype(storage);
     for (int64_t r = begin; r < end; ++r) {

@@ -182,9 +182,8 @@ template <class F>
 void with_types(const Problem& problem, F&& f) {
   const auto labels = problem.labels.dtype;
   const bool wide = labels == DType::kFloat64 || labels == DType::kInt64 || labels == DType::kInt32;
-  lists::with_scores(problem.lists.dtype, [&](auto acc, auto storage) {
-    return wide ? f(acc, storage, double{}) : f(acc, storage, float{});
-  });
+  with_rewards(problem.lists.dtype,
+               [&](auto acc, auto storage) { return wide ? f(acc, storage, double{}) : f(acc, storage, float{}); });
 }
 
 void forward(const Problem& problem, const CudaForward& out, const CudaLaunch& launch) {

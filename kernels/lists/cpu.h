@@ -54,15 +54,4 @@ RF_HD T widen(const S* p) {
   return load_as<typename Lanes<T>::Reg>(p, 1, 1)[0];
 }
 
-// Calls f(accumulation type, storage type) for the dtype of the scores.
-template <class F>
-RF_HD void with_scores(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64: return f(double{}, double{});
-    case DType::kFloat16: return f(float{}, Half{});
-    case DType::kBFloat16: return f(float{}, BFloat16{});
-    default: return f(float{}, float{});
-  }
-}
-
 }  // namespace rewardfuse::REWARDFUSE_TARGET::lists

@@ -125,15 +125,4 @@ struct Sums {
   }
 };
 
-// Calls f(accumulation type, storage type) for the dtype of the scores.
-template <class F>
-void with_scores(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64: return f(double{}, double{});
-    case DType::kFloat16: return f(float{}, __half{});
-    case DType::kBFloat16: return f(float{}, __nv_bfloat16{});
-    default: return f(float{}, float{});
-  }
-}
-
 }  // namespace rewardfuse::cuda::lists

@@ -178,17 +178,6 @@ void backward_range(const Problem& problem, const Gradients& out, int64_t begin,
   totals.grad_p = sum_lanes(sum_p) / kScale;
 }
 
-// Calls f(accumulation type, storage type) for the dtype of the rewards.
-template <class F>
-RF_HD void with_rewards(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64: return f(double{}, double{});
-    case DType::kFloat16: return f(float{}, Half{});
-    case DType::kBFloat16: return f(float{}, BFloat16{});
-    default: return f(float{}, float{});
-  }
-}
-
 template <template <class> class Model>
 void forward(const Problem& problem, int64_t begin, int64_t end, void* loss, Totals& totals) {
   with_rewards(problem.dtype, [&](auto acc, auto storage) {

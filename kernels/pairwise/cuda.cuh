@@ -236,16 +236,6 @@ inline bool is_plain(const Problem& problem) {
          is_number(problem.q) && is_number(problem.weight) && problem.mask.data == nullptr;
 }
 
-template <class F>
-void with_rewards(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64: return f(double{}, double{});
-    case DType::kFloat16: return f(float{}, __half{});
-    case DType::kBFloat16: return f(float{}, __nv_bfloat16{});
-    default: return f(float{}, float{});
-  }
-}
-
 template <template <class> class Model>
 void forward(const Problem& problem, const CudaForward& out, const CudaLaunch& launch) {
   const GridScratch scratch{launch.partials, launch.flags, launch.nonce};

@@ -245,7 +245,7 @@ class Range {
 // Calls f(accumulation type, storage type, whether there are weights) for the problem.
 template <class F>
 void with_kinds(const Problem& problem, F&& f) {
-  lists::with_scores(problem.lists.dtype, [&](auto acc, auto storage) {
+  with_rewards(problem.lists.dtype, [&](auto acc, auto storage) {
     if (problem.position_weight.data || problem.item_weight.data) {
       f(acc, storage, std::true_type{});
     } else {

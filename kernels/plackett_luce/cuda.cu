@@ -118,7 +118,7 @@ bool is_plain(const Problem& problem, const void* gradient) {
 // Calls f(accumulation type, storage type, whether the problem is plain, who takes a list).
 template <class F>
 void with_kinds(const Problem& problem, const Teams& teams, const void* gradient, F&& f) {
-  lists::with_scores(problem.lists.dtype, [&](auto acc, auto storage) {
+  with_rewards(problem.lists.dtype, [&](auto acc, auto storage) {
     const auto taken_by = [&](auto by) {
       is_plain<decltype(storage)>(problem, gradient) ? f(acc, storage, std::true_type{}, by)
                                                      : f(acc, storage, std::false_type{}, by);

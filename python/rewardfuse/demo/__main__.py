@@ -13,7 +13,8 @@ REQUIRED = ("transformers", "accelerate", "scipy", "matplotlib")
 OUTLINE = """\
 A world whose truth is known: a prompt asks for something ("2 tea+jam?"), answers meet the wish more or less and are
 more or less courteous ("3 tea+fig. Enjoy!"). An oracle rewards both; biased annotators, each right with a probability
-that rises with the gap, label {train_pairs} pairs. A transformer of {layers} layers learns from these labels alone.
+that rises with the gap, label {pairs} pairs. A transformer of {layers} layers learns from these labels alone.
+Then, {repetitions} times, smaller models learn by three losses from the same rankings of {list_size} answers.
 """
 
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m rewardfuse.demo",
-        description="Train a small reward model on preferences whose truth is known, and hold it to the truth.",
+        description="Train small reward models on preferences whose truth is known, and hold them to the truth.",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the world, the model and the training (default: 0)")
     folder = "folder for the model, the report and the picture (default: demo-output)"
@@ -49,23 +50,27 @@ def _run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)  # first: a folder that cannot be made is an error before any work
 
-    from rewardfuse.demo.plot import draw  # here, so that --help does not wait for transformers
+    from rewardfuse.demo.plot import draw, draw_rankings  # here, so that --help does not wait for transformers
     from rewardfuse.demo.report import OWN_TRAINER, print_report
     from rewardfuse.demo.run import DemoOptions, run_demo
 
     make = DemoOptions.quick if arguments.quick else DemoOptions
     options = make(seed=arguments.seed, output_dir=arguments.output_dir)
     if not arguments.json:
-        print(OUTLINE.format(train_pairs=options.train_pairs, layers=options.layers), flush=True)
+        lists = options.rankings
+        sizes = {"repetitions": lists.repetitions, "list_size": lists.list_size}
+        print(OUTLINE.format(pairs=options.train_pairs, layers=options.layers, **sizes), flush=True)
     report, arrays = run_demo(options)
-    picture = folder / "demo.png"
-    draw(report, arrays, picture)
+    pictures = folder / "demo.png", folder / "rankings.png"
+    draw(report, arrays, pictures[0])
+    draw_rankings(report["rankings"], pictures[1])
     if arguments.json:
         print(json.dumps(report))
         return 0
     print_report(report)
     print(f"\n{OWN_TRAINER}")
-    print(f"Written in {report['seconds']:.0f} s: {folder / 'model'} (the model), {folder / 'report.json'}, {picture}")
+    written = [f"{folder / 'model'} (the model)", *map(str, (folder / "report.json", *pictures))]
+    print(f"Written in {report['seconds']:.0f} s: {', '.join(written)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The demo's picture: learning curve, calibration, learned against oracle reward."""
+"""The demo's pictures: learning curve, calibration, learned against oracle reward; and three losses on rankings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rewardfuse.demo.report import COMPARED, LOSS_TITLES
 from rewardfuse.evaluation import reliability
 
 # Okabe & Ito's palette: told apart with every common colour-vision deficiency.
@@ -25,7 +26,24 @@ def draw(report: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> N
     _learning_curve(left, report)
     _calibration(middle, report, arrays)
     _rewards(right, report, arrays)
-    for axes in (left, middle, right):
+    _save(figure, path)
+
+
+def draw_rankings(comparison: dict[str, Any], path: Path) -> None:
+    """Write the picture of the three losses to `path` (PNG); `comparison` as `compare_losses` returns it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    _repetitions(left, comparison)
+    _differences(right, comparison)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.set_axisbelow(True)
@@ -74,3 +92,34 @@ def _rewards(axes: Any, report: dict[str, Any], arrays: dict[str, np.ndarray]) -
     axes.set(xlabel="oracle reward, minus the prompt's mean", ylabel="learned reward, minus the prompt's mean")
     tau = report["model"]["kendall_tau_within_prompt"]
     axes.set_title(f"Learned against oracle reward: Kendall τ = {tau:.2f}", fontsize=11.5)
+
+
+def _repetitions(axes: Any, comparison: dict[str, Any]) -> None:
+    figures = [row[COMPARED[1]] for row in comparison["losses"].values()]
+    places = range(len(figures))
+    for values in zip(*(figure["values"] for figure in figures), strict=True):
+        axes.plot(places, values, "o-", color=GREY, ms=4, lw=0.8, alpha=0.5)
+    axes.plot(
+        [], [], "o-", color=GREY, ms=4, lw=0.8, alpha=0.5, label="one repetition: same rankings, same first weights"
+    )
+    means = [figure["mean"] for figure in figures]
+    bars = [[f["mean"] - f["low"] for f in figures], [f["high"] - f["mean"] for f in figures]]
+    axes.errorbar(places, means, yerr=bars, fmt="D", color=BLUE, ms=7, capsize=5, label="mean, with 95 % interval")
+    axes.set_xticks(places, [LOSS_TITLES[loss].replace(", ", ",\n") for loss in comparison["losses"]])
+    axes.set(xlim=(-0.4, len(figures) - 0.6), ylabel="Kendall τ against the oracle, within a prompt")
+    axes.legend(frameon=True, framealpha=0.7, edgecolor="none", fontsize=9, loc="lower left")
+    axes.set_title(f"Trained on the same {comparison['responses']} responses", fontsize=11.5)
+
+
+def _differences(axes: Any, comparison: dict[str, Any]) -> None:
+    rows = comparison["differences"]
+    for place, row in enumerate(reversed(rows)):
+        tau = row[COMPARED[1]]
+        axes.plot(tau["values"], [place] * len(tau["values"]), "o", color=GREY, ms=4, alpha=0.5)
+        bars = [[tau["mean"] - tau["low"]], [tau["high"] - tau["mean"]]]
+        axes.errorbar(tau["mean"], place, xerr=bars, fmt="D", color=ORANGE, ms=7, capsize=5)
+    titles = ["\nminus ".join(LOSS_TITLES[row[side]] for side in ("first", "second")) for row in reversed(rows)]
+    axes.set_yticks(range(len(rows)), titles)
+    axes.axvline(0.0, color=GREY, ls=":", lw=1.2)
+    axes.set(ylim=(-0.5, len(rows) - 0.5), xlabel="difference of τ within a repetition, with 95 % interval of its mean")
+    axes.set_title("An interval that holds 0 does not tell the two apart", fontsize=11.5)

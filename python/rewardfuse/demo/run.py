@@ -1,4 +1,5 @@
-"""The demo's run: make the world, train a reward model on its labels, measure it on prompts that it has never seen."""
+"""The demo's run: make the world, train a reward model on its labels, measure it on prompts that it has never seen;
+then compare three losses on rankings (`rankings`)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,16 @@ import torch
 import transformers
 
 from rewardfuse._files import atomic_file
-from rewardfuse.batching import tokenize
 from rewardfuse.byte_tokenizer import byte_tokenizer
 from rewardfuse.data import PreferencePair
 from rewardfuse.demo import world
+from rewardfuse.demo.rankings import RankingOptions, compare_losses
 from rewardfuse.demo.report import build_report
+from rewardfuse.demo.setting import SCORING_BATCH, HeldOut, hold_out, model_config
 from rewardfuse.evaluation import log_likelihood, pair_accuracy
 from rewardfuse.reward_model import RewardModel
 from rewardfuse.score import score_sequences
 from rewardfuse.train import TrainOptions, train_reward_model
-
-SCORING_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class DemoOptions:
     hidden_size: int = 128
     layers: int = 2
     heads: int = 8
+    rankings: RankingOptions = field(default_factory=RankingOptions)
 
     @classmethod
     def quick(cls, seed: int, output_dir: str) -> DemoOptions:
@@ -61,20 +62,8 @@ class DemoOptions:
             answers_per_prompt=8,
             probe_steps=5,
             hidden_size=32,
+            rankings=RankingOptions(repetitions=2, lists=32, hidden_size=32),
         )
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out answers `[prompts, k]`; neighbours 2i and 2i + 1 of a prompt form the labelled pairs `[prompts k/2]`."""
-
-    answers: world.Answers
-    pairs: world.LabelledPairs
-    ids: list[list[int]]  # tokens of every answer with its prompt, in the order of `answers` flattened
-
-    def gaps(self, rewards: np.ndarray) -> np.ndarray:
-        """Reward of the first answer minus that of the second, `[pairs]`, from rewards of all answers, flattened."""
-        return rewards.reshape(-1)[0::2] - rewards.reshape(-1)[1::2]
 
 
 class LearningCurve(transformers.TrainerCallback):
@@ -134,16 +123,20 @@ def run_demo(options: DemoOptions, *, progress: bool = True) -> tuple[dict[str, 
 
 def _train_and_measure(options: DemoOptions, progress: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     tokenizer = byte_tokenizer()
-    train, held_out = make_data(options, tokenizer)
-    model = RewardModel.from_config(model_config(options, tokenizer), seed=options.seed)
-    untrained = _rewards(model, tokenizer, held_out)
+    train, train_wishes, held_out = make_data(options, tokenizer)
+    config = model_config(tokenizer, options.hidden_size, options.layers, options.heads)
+    model = RewardModel.from_config(config, seed=options.seed)
+    untrained = held_out.rewards(model, tokenizer)
     curve = LearningCurve(tokenizer, held_out, options)
     result = train_reward_model(model, tokenizer, train, None, _train_options(options, progress), [curve])
-    learned = _rewards(model, tokenizer, held_out)
+    learned = held_out.rewards(model, tokenizer)
     report = build_report(held_out.answers, held_out.pairs, learned, untrained)
     report["learning_curve"] = curve.points
     report["train_loss"] = [{"step": line["step"], "loss": line["loss"]} for line in result.history if "loss" in line]
     report["options"] = {**dataclasses.asdict(options), "parameters": sum(p.numel() for p in model.parameters())}
+    report["rankings"] = compare_losses(
+        options.rankings, train_wishes, held_out, options.output_dir, options.seed, progress=progress
+    )
     arrays = {"learned": learned, "oracle": world.oracle_reward(held_out.answers)}
     return report, {**arrays, "gap": held_out.gaps(learned), "first_wins": held_out.pairs.first_wins}
 
@@ -160,48 +153,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def make_data(options: DemoOptions, tokenizer: Any) -> tuple[list[PreferencePair], HeldOut]:
-    """Training pairs and held-out answers from `options.seed`; no prompt is in both."""
+def make_data(options: DemoOptions, tokenizer: Any) -> tuple[list[PreferencePair], np.ndarray, HeldOut]:
+    """Training pairs, all prompts `[m, 3]` to train on, and held-out answers from `options.seed`; no prompt is in
+    both."""
     for_split, for_train, for_held_out = (np.random.default_rng([options.seed, stream]) for stream in range(3))
     train_wishes, held_out_wishes = world.split_prompts(options.held_out_prompts, for_split)
     records = world.sample_pairs(train_wishes, options.train_pairs, for_train).records()
     train = [PreferencePair(**record, source=f"demo pair {i}") for i, record in enumerate(records)]
-    wishes = np.repeat(held_out_wishes[:, None], options.answers_per_prompt // 2, axis=1)
-    first, second = world.sample_two_answers(wishes, for_held_out)
-    pairs = world.label_pairs(first.flat(), second.flat(), for_held_out)
-    answers = first.interleave(second)
-    everything = answers.flat()
-    texts = list(zip(everything.prompts(), everything.texts(), strict=True))
-    ids, _ = tokenize(texts, tokenizer, _positions(), sources=[f"answer {i}" for i in range(len(texts))])
-    return train, HeldOut(answers, pairs, ids)
-
-
-def model_config(options: DemoOptions, tokenizer: Any) -> transformers.PreTrainedConfig:
-    """A small GPT-2: absolute positions suit prompts of one width.
-
-    The initialization is wider than GPT-2's own 0.02, which was chosen for models far wider and deeper than this one.
-    """
-    return transformers.GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=_positions(),
-        n_embd=options.hidden_size,
-        n_layer=options.layers,
-        n_head=options.heads,
-        activation_function="gelu",
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        initializer_range=0.08,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def _positions() -> int:
-    """The longest prompt with the longest answer, and bos and eos."""
-    order = sum(max(map(len, names)) for names in world.FIELDS) + 2  # "2 tea+jam"
-    return 2 * (order + 1) + max(map(len, world.CLOSERS)) + 2
+    held_out = hold_out(held_out_wishes, options.answers_per_prompt, tokenizer, for_held_out)
+    return train, train_wishes, held_out
 
 
 def _train_options(options: DemoOptions, progress: bool) -> TrainOptions:
@@ -218,9 +178,3 @@ def _train_options(options: DemoOptions, progress: bool) -> TrainOptions:
         seed=options.seed,
         disable_tqdm=not progress,
     )
-
-
-def _rewards(model: RewardModel, tokenizer: Any, held_out: HeldOut) -> np.ndarray:
-    """Rewards of every held-out answer, float64 `[prompts, k]`."""
-    rewards = score_sequences(model, tokenizer, held_out.ids, batch_size=SCORING_BATCH)
-    return np.array(rewards).reshape(held_out.answers.closer.shape)
