@@ -1,5 +1,6 @@
 """The demo: its world holds what its documentation says, and the same seed gives the same numbers."""
 
+import concurrent.futures
 import json
 
 import numpy as np
@@ -175,7 +176,7 @@ def test_disjoint_pairs_use_a_response_twice_or_contradict_the_ranking(rankings)
 def test_the_three_losses_see_other_responses_or_start_from_other_weights(tmp_path, monkeypatch):
     seen = []
 
-    def record(model, tokenizer, records, eval_records, options, callbacks):
+    def record(model, tokenizer, records, eval_records, options):
         texts = sorted(
             f"{r.prompt}{text}" for r in records for text in getattr(r, "responses", ()) or (r.chosen, r.rejected)
         )
@@ -184,6 +185,7 @@ def test_the_three_losses_see_other_responses_or_start_from_other_weights(tmp_pa
         seen.append((options.loss, texts, steps, options.learning_rate, options.seed, weights))
 
     monkeypatch.setattr(ranking_demo, "train_reward_model", record)
+    monkeypatch.setattr(ranking_demo, "_workers", lambda count: concurrent.futures.ThreadPoolExecutor(1))
     train, held_out = world.split_prompts(4, np.random.default_rng(0))
     tokenizer = word_tokenizer()
     options = RankingOptions(repetitions=2, lists=16, hidden_size=16, heads=2)

@@ -9,9 +9,12 @@ within it. A word is a token here, so that the time goes into learning from rank
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import itertools
 import math
+import multiprocessing
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from scipy.stats import t as student
 from tqdm.auto import tqdm
 
@@ -34,6 +36,7 @@ from rewardfuse.reward_model import RewardModel
 from rewardfuse.train import TrainOptions, train_reward_model
 
 LOSSES = tuple(LOSS_TITLES)
+MOST_WORKERS = 4  # half a gigabyte each
 
 
 @dataclass(frozen=True)
@@ -133,19 +136,18 @@ def compare_losses(
         `first` minus `second` within a repetition, for each two losses; `steps` of each model, and the `responses`
         encoded in them.
     """
-    tokenizer = word_tokenizer()
-    held_out = dataclasses.replace(held_out, ids=token_ids(held_out.answers, tokenizer))
+    tasks = list(itertools.product(range(options.repetitions), LOSSES))
     values = {loss: {name: np.empty(options.repetitions) for name in COMPARED} for loss in LOSSES}
-    total = len(LOSSES) * options.repetitions * options.steps
-    with tqdm(total=total, desc="three losses on rankings", unit="step", disable=not progress) as bar:
-        for repetition in range(options.repetitions):
-            rng = np.random.default_rng([seed, 3, repetition])
-            rankings = sample_rankings(wishes, options.lists, options.list_size, rng)
-            model_seed = int(rng.integers(2**31))
-            for loss in LOSSES:
-                model = _train(loss, rankings, options, tokenizer, output_dir, model_seed, bar)
-                for name, value in _figures(held_out.rewards(model, tokenizer), held_out).items():
-                    values[loss][name][repetition] = value
+    with (
+        _workers(min(len(tasks), MOST_WORKERS, os.cpu_count() or 1)) as pool,
+        tqdm(total=len(tasks), desc="three losses on rankings", unit="model", disable=not progress) as bar,
+    ):
+        futures = {pool.submit(_measure, options, wishes, held_out, output_dir, seed, *task): task for task in tasks}
+        for future in concurrent.futures.as_completed(futures):
+            repetition, loss = futures[future]
+            for name, value in future.result().items():
+                values[loss][name][repetition] = value
+            bar.update()
     return {
         "losses": {loss: {name: mean_with_interval(values[loss][name]) for name in COMPARED} for loss in LOSSES},
         "differences": [
@@ -158,18 +160,32 @@ def compare_losses(
     }
 
 
-class _Ticker(transformers.TrainerCallback):
-    """Moves a progress bar that is shared by several runs."""
+def _workers(count: int) -> concurrent.futures.Executor:
+    """Processes of one thread each: the models are too small for a second one to be of use."""
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(count, context, initializer=torch.set_num_threads, initargs=(1,))
 
-    def __init__(self, bar: tqdm):
-        self.bar = bar
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update()
+def _measure(
+    options: RankingOptions,
+    wishes: np.ndarray,
+    held_out: HeldOut,
+    output_dir: str,
+    seed: int,
+    repetition: int,
+    loss: str,
+) -> dict[str, float]:
+    """The figures of one model; what a repetition draws depends on its number, not on who draws it."""
+    tokenizer = word_tokenizer()
+    held_out = dataclasses.replace(held_out, ids=token_ids(held_out.answers, tokenizer))
+    rng = np.random.default_rng([seed, 3, repetition])
+    rankings = sample_rankings(wishes, options.lists, options.list_size, rng)
+    model = _train(loss, rankings, options, tokenizer, output_dir, int(rng.integers(2**31)))
+    return _figures(held_out.rewards(model, tokenizer), held_out)
 
 
 def _train(
-    loss: str, rankings: Rankings, options: RankingOptions, tokenizer: Any, output_dir: str, seed: int, bar: tqdm
+    loss: str, rankings: Rankings, options: RankingOptions, tokenizer: Any, output_dir: str, seed: int
 ) -> RewardModel:
     """A new model, trained with one of `LOSSES`."""
     pairwise = loss == "bradley_terry"
@@ -189,7 +205,7 @@ def _train(
             disable_tqdm=True,
         )
         records = rankings.disjoint_pairs() if pairwise else rankings.records()
-        train_reward_model(model, tokenizer, records, None, train_options, [_Ticker(bar)])
+        train_reward_model(model, tokenizer, records, None, train_options)
     return model
 
 
