@@ -1,0 +1,49 @@
+"""The Plackett–Luce loss of items sorted by rank, some of which may be tied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rewardfuse.ops import _checks, _rankings
+from rewardfuse.ops._stages import Stages
+from rewardfuse.reference._reduction import reduce
+
+
+def tied_loss(call: Stages, groups: _rankings.Groups, limit: Tensor | int, ties: str, lists: Tensor | None) -> Tensor:
+    """The loss of items sorted by rank; `limit` is top_k by place, `lists` the list of each place where packed."""
+    scores = call.scores
+    dtype = torch.float64 if scores.dtype is torch.float64 else torch.float32
+    eager = not torch.compiler.is_compiling() and scores.device.type == "cpu"
+    if eager and not ((groups.size > 1) & groups.valid).any():
+        return call.loss(order=groups.order)
+    weights = _rankings.tie_weights(groups, call.position_weight, limit, ties == "breslow", dtype)
+    call.position_weight, call.item_weight = weights
+    call.top_k, call.top_k_value = None, 0
+    return call.loss(order=groups.order) if ties == "breslow" else _efron_loss(call, groups, lists, dtype)
+
+
+def _efron_loss(call: Stages, groups: _rankings.Groups, lists: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Stages of the groups' means, and what exchanging scores for means leaves over: Σ v·(s' − s)."""
+    call.check()
+    weight = torch.as_tensor(
+        call.weight_value if call.weight is None else call.weight, dtype=dtype, device=call.scores.device
+    )
+    weight = weight.expand(call.list_shape())
+    counted = groups.valid & ((weight.unsqueeze(-1) if lists is None else weight[lists]) != 0)
+    ranked = torch.where(counted, call.scores.to(dtype).gather(-1, groups.at), 0)
+    first = groups.start - groups.first if lists is not None else torch.zeros_like(groups.start)
+    ranked = ranked - ranked.detach().gather(-1, first)  # of no effect on the likelihood; else large means lose digits
+    means = _rankings.tie_mean(ranked, groups)
+    left = torch.where(call.item_weight == 0, 0, call.item_weight * (means - ranked)).double()
+    if lists is None:
+        left, there = left.sum(-1), groups.valid.any(-1)
+    else:
+        sizes = call.cu_seqlens.diff()
+        left, there = torch.segment_reduce(left, "sum", lengths=sizes, unsafe=True, initial=0), sizes > 0
+    if call.mask is not None:
+        call.mask, call.lengths = None, call.mask.sum(-1)  # what is there now stands in front
+    reduction = (call.reduction, call.normalizer, call.normalizer_value)
+    call.reduction, call.normalizer, call.normalizer_value = _checks.REDUCTIONS["none"], None, 0.0
+    losses = call.loss(scores=means) + torch.where(weight != 0, weight * left.to(dtype), 0)
+    return reduce(losses, there, *reduction)
