@@ -16,33 +16,50 @@ import torch
 from torch import Tensor
 
 
-class Groups(NamedTuple):
-    """Items sorted by rank and how they tie; padded ``[*, N]`` with places counted within a list, or packed
-    ``[total]`` with places counted over all lists."""
+class Sorted(NamedTuple):
+    """Items sorted by rank; padded ``[*, N]`` with places counted within a list, or packed ``[total]`` with places
+    counted over all lists."""
 
     order: Tensor  #: int64; index within the list of the item at each place
     at: Tensor  #: int64; the same as an index into ranks and scores
+    begins: Tensor  #: bool; a list or another rank begins here
+    valid: Tensor  #: bool; an item stands here
+    origin: Tensor | int  #: int64; place where the list begins
+
+    def has_ties(self) -> bool:
+        """Whether two items of a list have one rank. Waits for the device."""
+        return bool((self.valid & ~self.begins).any())
+
+
+class Groups(NamedTuple):
+    """How sorted items tie, by place."""
+
     start: Tensor  #: int64; place where the tied group of this place begins
     size: Tensor  #: int64; how many items the group has
     first: Tensor  #: int64; `start` counted within the list
-    valid: Tensor  #: bool; an item stands here
 
 
-def sort_padded(ranks: Tensor, valid: Tensor) -> Groups:
-    """Groups of padded lists; ranks and validity ``[*, N]``."""
+def sort_padded(ranks: Tensor, valid: Tensor) -> Sorted:
+    """Padded lists sorted; ranks and validity ``[*, N]``."""
     keys, order = torch.where(valid, ranks.double(), torch.inf).sort(dim=-1, stable=True)
     place = torch.arange(ranks.shape[-1], device=ranks.device)
-    start, size = _runs((place == 0) | (keys != keys.roll(1, -1)), place)
-    return Groups(order, order, start, size, start, place < valid.sum(-1, keepdim=True))
+    begins = (place == 0) | (keys != keys.roll(1, -1))
+    return Sorted(order, order, begins, place < valid.sum(-1, keepdim=True), 0)
 
 
-def sort_packed(ranks: Tensor, cu_seqlens: Tensor, lists: Tensor) -> Groups:
-    """Groups of packed lists; ranks ``[total]``, the list of each item ``[total]``."""
+def sort_packed(ranks: Tensor, cu_seqlens: Tensor, lists: Tensor) -> Sorted:
+    """Packed lists sorted; ranks ``[total]``, the list of each item ``[total]``."""
     by_rank = ranks.double().argsort(stable=True)
     at = by_rank[lists[by_rank].argsort(stable=True)]
-    keys, place, begin = ranks[at], torch.arange(ranks.numel(), device=ranks.device), cu_seqlens[lists]
-    start, size = _runs((place == begin) | (keys != keys.roll(1)), place)
-    return Groups(at - begin, at, start, size, start - begin, torch.ones_like(place, dtype=torch.bool))
+    keys, place, origin = ranks[at], torch.arange(ranks.numel(), device=ranks.device), cu_seqlens[lists]
+    begins = (place == origin) | (keys != keys.roll(1))
+    return Sorted(at - origin, at, begins, torch.ones_like(begins), origin)
+
+
+def groups_of(items: Sorted) -> Groups:
+    """The tied groups of sorted items; alone is a group of one."""
+    start, size = _runs(items.begins, torch.arange(items.begins.shape[-1], device=items.begins.device))
+    return Groups(start, size, start - items.origin)
 
 
 def list_of_item(cu_seqlens: Tensor, total: int) -> Tensor:
@@ -64,13 +81,18 @@ def _runs(begins: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tie_weights(
-    groups: Groups, position_weight: Tensor | None, limit: Tensor | int, breslow: bool, dtype: torch.dtype
+    groups: Groups,
+    valid: Tensor,
+    position_weight: Tensor | None,
+    limit: Tensor | int,
+    breslow: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(u, v) by place; `position_weight` ``[N]`` or by place; `limit`: top_k by place, where below 1 gives NaN."""
     if position_weight is None:
         mean = torch.ones_like(groups.size, dtype=dtype)
     else:
-        weights = torch.where(groups.valid, position_weight.double(), 0.0)
+        weights = torch.where(valid, position_weight.double(), 0.0)
         sums = torch.nn.functional.pad(weights.cumsum(-1), (1, 0))
         ends = (groups.start + groups.size).clamp(max=groups.start.shape[-1])
         mean = ((sums.gather(-1, ends) - sums.gather(-1, groups.start)) / groups.size.clamp(min=1)).to(dtype)

@@ -10,34 +10,38 @@ from rewardfuse.ops._stages import Stages
 from rewardfuse.reference._reduction import reduce
 
 
-def tied_loss(call: Stages, groups: _rankings.Groups, limit: Tensor | int, ties: str, lists: Tensor | None) -> Tensor:
+def tied_loss(call: Stages, items: _rankings.Sorted, limit: Tensor | int, ties: str, lists: Tensor | None) -> Tensor:
     """The loss of items sorted by rank; `limit` is top_k by place, `lists` the list of each place where packed."""
     scores = call.scores
     dtype = torch.float64 if scores.dtype is torch.float64 else torch.float32
     eager = not torch.compiler.is_compiling() and scores.device.type == "cpu"
-    if eager and not ((groups.size > 1) & groups.valid).any():
-        return call.loss(order=groups.order)
-    weights = _rankings.tie_weights(groups, call.position_weight, limit, ties == "breslow", dtype)
+    if eager and not items.has_ties():
+        return call.loss(order=items.order)
+    groups = _rankings.groups_of(items)
+    weights = _rankings.tie_weights(groups, items.valid, call.position_weight, limit, ties == "breslow", dtype)
     call.position_weight, call.item_weight = weights
     call.top_k, call.top_k_value = None, 0
-    return call.loss(order=groups.order) if ties == "breslow" else _efron_loss(call, groups, lists, dtype)
+    return call.loss(order=items.order) if ties == "breslow" else _efron_loss(call, items, groups, lists, dtype)
 
 
-def _efron_loss(call: Stages, groups: _rankings.Groups, lists: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _efron_loss(
+    call: Stages, items: _rankings.Sorted, groups: _rankings.Groups, lists: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Stages of the groups' means, and what exchanging scores for means leaves over: Σ v·(s' − s)."""
     call.check()
     weight = torch.as_tensor(
         call.weight_value if call.weight is None else call.weight, dtype=dtype, device=call.scores.device
     )
     weight = weight.expand(call.list_shape())
-    counted = groups.valid & ((weight.unsqueeze(-1) if lists is None else weight[lists]) != 0)
-    ranked = torch.where(counted, call.scores.to(dtype).gather(-1, groups.at), 0)
-    first = groups.start - groups.first if lists is not None else torch.zeros_like(groups.start)
-    ranked = ranked - ranked.detach().gather(-1, first)  # of no effect on the likelihood; else large means lose digits
+    counted = items.valid & ((weight.unsqueeze(-1) if lists is None else weight[lists]) != 0)
+    ranked = torch.where(counted, call.scores.to(dtype).gather(-1, items.at), 0)
+    ranked = ranked - ranked.detach().gather(
+        -1, groups.start - groups.first
+    )  # of no effect on the likelihood; else large means lose digits
     means = _rankings.tie_mean(ranked, groups)
     left = torch.where(call.item_weight == 0, 0, call.item_weight * (means - ranked)).double()
     if lists is None:
-        left, there = left.sum(-1), groups.valid.any(-1)
+        left, there = left.sum(-1), items.valid.any(-1)
     else:
         sizes = call.cu_seqlens.diff()
         left, there = torch.segment_reduce(left, "sum", lengths=sizes, unsafe=True, initial=0), sizes > 0
