@@ -151,7 +151,7 @@ LIST_CASES = [
     (
         pairs(labels=torch.tensor([[0, 1, 2], [0, 1, torch.nan]])),
         ValueError,
-        "labels: expected numbers, got nan at index 5",
+        "labels: expected finite numbers, got nan at index 5",
     ),
     (
         pairs(labels=torch.zeros(2, 3, requires_grad=True)),

@@ -55,16 +55,18 @@ struct Kernel {
   Problem problem;
 };
 
-// Names the first label that is NaN. Slow: only on the way to an error.
+// Names the first label that is not finite. Slow: only on the way to an error.
 [[noreturn]] void raise_bad_label(const Inputs& in) {
-  at::Tensor bad = in.labels.isnan();
+  at::Tensor bad = in.labels.isfinite().logical_not();
   if (present(in.lists.mask)) bad = bad.logical_and(*in.lists.mask);
   if (present(in.lists.lengths)) {
     const at::Tensor place = at::arange(in.labels.size(-1), in.lists.lengths->options());
     bad = bad.logical_and(place < in.lists.lengths->unsqueeze(-1));
   }
   if (present(in.lists.weight)) bad = bad.logical_and((*in.lists.weight != 0).unsqueeze(-1));
-  TORCH_CHECK_VALUE(false, "labels: expected numbers, got nan at index ", bad.flatten().nonzero()[0].item().toLong());
+  const int64_t index = bad.flatten().nonzero()[0].item().toLong();
+  TORCH_CHECK_VALUE(false, "labels: expected finite numbers, got ", in.labels.flatten()[index].item().toDouble(),
+                    " at index ", index);
 }
 
 Tensors4 forward(const Inputs& in) {

@@ -115,7 +115,7 @@ void check_backward(const Inputs& in, const at::Tensor& grad_output, const at::T
   check_device("denominator", denominator, in.scores);
 }
 
-View::View(const Inputs& in) : in_(in) {
+View::View(const Inputs& in) {
   const auto& scores = in.scores;
   lists.dtype = *kernel_dtype(scores.scalar_type());
   if (present(in.cu_seqlens)) {

@@ -51,7 +51,6 @@ class View {
   const int64_t* integers(const at::Tensor& t);  // [count], int64, contiguous
 
  private:
-  const Inputs& in_;
   std::vector<at::Tensor> kept_;
 };
 

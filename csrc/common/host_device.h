@@ -21,7 +21,7 @@
 
 namespace rewardfuse::REWARDFUSE_TARGET {
 
-// exp(x) for x ≤ 0: never overflows, keeps subnormal results, exp(−inf) = 0.
+// exp(x) for x ≤ 0, and as far as 1: never overflows, keeps subnormal results, exp(−inf) = 0.
 RF_HD float exp_nonpositive(float x) { return expf(x); }
 RF_HD double exp_nonpositive(double x) { return exp(x); }
 

@@ -37,7 +37,7 @@ struct Items {
   }
 };
 
-// Fills `items` with what the mask and the length leave; false where a label is NaN or T cannot hold it.
+// Fills `items` with what the mask and the length leave; false where T cannot hold a label.
 template <class T, class S>
 bool draw(const Problem& problem, const List& list, Items<T>& items) {
   const auto& lists = problem.lists;
@@ -63,9 +63,9 @@ bool draw(const Problem& problem, const List& list, Items<T>& items) {
 }
 
 template <class T>
-bool has_nan(const Items<T>& items) {
+bool has_bad_label(const Items<T>& items) {
   bool found = false;
-  for (int64_t i = 0; i < items.count; ++i) found |= items.label[i] != items.label[i];
+  for (int64_t i = 0; i < items.count; ++i) found |= items.label[i] - items.label[i] != 0;  // NaN, inf
   return found;
 }
 
@@ -125,14 +125,14 @@ void sum_slopes(const Items<T>& items, T margin) {
   });
 }
 
-// Draws the list in T, or in float64 where T cannot hold its labels, and calls f(items, whether a label is NaN).
+// Draws the list in T, or in float64 where T cannot hold its labels, and calls f(items, whether a label is not finite).
 template <class T, class S, class F>
 void with_items(const Problem& problem, const List& list, void* scratch, F&& f) {
   Items<T> items(scratch, problem.lists.size);
-  if (draw<T, S>(problem, list, items)) return f(items, has_nan(items));
+  if (draw<T, S>(problem, list, items)) return f(items, has_bad_label(items));
   Items<double> wide(scratch, problem.lists.size);
   draw<double, S>(problem, list, wide);
-  f(wide, has_nan(wide));
+  f(wide, has_bad_label(wide));
 }
 
 int64_t scratch_bytes(const Problem& problem) { return Items<double>::bytes(problem.lists.size); }

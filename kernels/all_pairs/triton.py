@@ -137,7 +137,7 @@ def forward_kernel(
         if REDUCTION == NONE:
             tl.store(loss + row, value, mask=live)
         sum_loss += tl.where(live, value, 0.0).to(tl.float64)
-        sum_valid += (live & (n_pairs > 0) & (unknown == 0)).to(tl.float64)
+        sum_valid += (live & (n_pairs > 0)).to(tl.float64)
     reduce_lists(
         sum_loss,
         sum_valid,

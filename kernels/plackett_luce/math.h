@@ -29,11 +29,14 @@ struct Step {
   V keep, add;
 };
 
-template <class V>
+// `max` follows the largest score once that is ahead of it by more than `slack`. With slack 0 it is the maximum. In a
+// list that is in order already every score is a new maximum, and thousands of factors close to 1 are rounded in the
+// same direction; with slack 1 there is one for each unit that the scores climb.
+template <int slack = 0, class V>
 RF_HD Step<V> put_in_front(Suffix<V>& suffix, V score) {
-  const V one = V{} + 1.0f;
-  const auto up = score > suffix.max;
-  const V e = exp_nonpositive(-magnitude(score - suffix.max));
+  const V one = V{} + 1.0f, ahead = score - suffix.max;
+  const auto up = ahead > V{} + float(slack);
+  const V e = exp_nonpositive(slack == 0 ? -magnitude(ahead) : up ? -ahead : ahead);
   const Step<V> step{up ? e : one, up ? one : e};
   suffix.sum = suffix.sum * step.keep + step.add;
   suffix.max = up ? score : suffix.max;

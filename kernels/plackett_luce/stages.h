@@ -13,6 +13,9 @@ namespace rewardfuse::REWARDFUSE_TARGET::plackett_luce {
 template <class T>
 constexpr T kLowest = sizeof(T) == 4 ? T(-0x1.fffffep127) : T(-0x1.fffffffffffffp1023);
 
+// Of put_in_front. More would cost the loss digits: its terms are the sum of max − s ≥ −slack and a logarithm.
+constexpr int kSlack = 1;
+
 // A tile and its companions, all of them columns of registers.
 template <class T>
 struct Tile {
@@ -113,7 +116,7 @@ typename Lanes<T>::Reg short_forward(const Tile<T>& tile) {
   auto suffix = nothing<T>();
   from_last(tile.columns, tile.all_observed, [&](int64_t c, auto all) __attribute__((always_inline)) {
     const V score = tile.score[c];
-    put_in_front(suffix, score);
+    put_in_front<kSlack>(suffix, score);
     if constexpr (weighted) {
       loss.add_weighted(suffix.max, suffix.sum, score, tile.u[c], tile.v ? tile.v + c : nullptr, tile.first);
     } else {
@@ -162,7 +165,7 @@ template <bool weighted, class T>
 void short_backward(const Tile<T>& tile, typename Lanes<T>::Reg factor) {
   auto suffix = nothing<T>();
   for (int64_t c = tile.columns - 1; c >= 0; --c) {
-    const auto step = put_in_front(suffix, tile.score[c]);
+    const auto step = put_in_front<kSlack>(suffix, tile.score[c]);
     tile.keep[c] = step.keep;
     tile.add[c] = step.add;
     tile.sum[c] = stage_weight<weighted>(tile, c, suffix.sum);
@@ -177,23 +180,31 @@ struct Carry {
   double sum = 0;
 };
 
+// The sums behind the runs, and what brings a sum from a run's own max to the largest score, on which runs meet.
+template <class T>
+struct Behind {
+  typename Lanes<T>::Reg sum, to_largest;
+};
+
 // A piece of one list, run by run on its own: fills sum, scale, and keep and add where asked. Leaves `carry` with the
-// state in front of the piece; returns the sums behind the runs.
+// state in front of the piece.
 template <bool backward, class T, class F>
-typename Lanes<T>::Reg take_runs(const Tile<T>& tile, Carry<T>& carry, F&& each) {
+Behind<T> take_runs(const Tile<T>& tile, Carry<T>& carry, F&& each) {
   using V = typename Lanes<T>::Reg;
   constexpr int lanes = Lanes<T>::count;
-  V max_behind, sum_behind, top = broadcast(kLowest<T>);
+  Behind<T> behind;
+  V max_behind, largest, top = broadcast(kLowest<T>);
   for (int64_t c = 0; c < tile.columns; ++c) top = tile.score[c] > top ? tile.score[c] : top;
   for (int j = lanes - 1; j >= 0; --j) {
     max_behind[j] = carry.max;
     carry.max = top[j] > carry.max ? top[j] : carry.max;
+    largest[j] = carry.max;
   }
   Suffix<V> suffix{max_behind, V{}};
   V scale = broadcast(T(1));
   for (int64_t c = tile.columns - 1; c >= 0; --c) {
     const V score = tile.score[c];
-    const auto step = put_in_front(suffix, score);
+    const auto step = put_in_front<kSlack>(suffix, score);
     scale *= step.keep;
     tile.sum[c] = suffix.sum;
     tile.scale[c] = scale;
@@ -203,11 +214,12 @@ typename Lanes<T>::Reg take_runs(const Tile<T>& tile, Carry<T>& carry, F&& each)
     }
     each(c, suffix.max, score);
   }
+  behind.to_largest = exp_nonpositive(suffix.max - largest);
   for (int j = lanes - 1; j >= 0; --j) {
-    sum_behind[j] = static_cast<T>(carry.sum);
-    carry.sum = suffix.sum[j] + carry.sum * scale[j];
+    behind.sum[j] = static_cast<T>(carry.sum);
+    carry.sum = (suffix.sum[j] + carry.sum * scale[j]) * behind.to_largest[j];
   }
-  return sum_behind;
+  return behind;
 }
 
 // The loss of a piece; `carry` is the state behind it and becomes the one in front of it.
@@ -218,7 +230,7 @@ double long_forward(const Tile<T>& tile, Carry<T>& carry) {
   if constexpr (weighted) {
     const auto behind = take_runs<false>(tile, carry, [&](int64_t c, V max, V) { tile.add[c] = max; });
     for (int64_t c = 0; c < tile.columns; ++c) {
-      const V sum = tile.sum[c] + tile.scale[c] * behind;
+      const V sum = tile.sum[c] + tile.scale[c] * behind.sum;
       loss.add_weighted(tile.add[c], sum, tile.score[c], tile.u[c], tile.v ? tile.v + c : nullptr, tile.first);
       if (c % kFold == 0) loss.fold();
     }
@@ -228,7 +240,7 @@ double long_forward(const Tile<T>& tile, Carry<T>& carry) {
       loss.add_excess(max, score, is_observed(tile, c));
     });
     from_last(tile.columns, tile.all_observed, [&](int64_t c, auto all) __attribute__((always_inline)) {
-      const V sum = tile.sum[c] + tile.scale[c] * behind;
+      const V sum = tile.sum[c] + tile.scale[c] * behind.sum;
       if constexpr (all) {
         loss.add_log(sum);
       } else {
@@ -245,17 +257,18 @@ double long_forward(const Tile<T>& tile, Carry<T>& carry) {
 template <bool weighted, class T>
 void long_backward(const Tile<T>& tile, Carry<T> carry, double& carried, T factor) {
   using V = typename Lanes<T>::Reg;
-  const V behind = take_runs<true>(tile, carry, [](int64_t, V, V) {});
+  const auto behind = take_runs<true>(tile, carry, [](int64_t, V, V) {});
   V gained{};  // by the a that leaves a run from the run's own stages
   for (int64_t c = 0; c < tile.columns; ++c) {
-    const V weight = stage_weight<weighted>(tile, c, tile.sum[c] + tile.scale[c] * behind);
+    const V weight = stage_weight<weighted>(tile, c, tile.sum[c] + tile.scale[c] * behind.sum);
     gained += tile.scale[c] * weight;
     tile.sum[c] = weight;
   }
   V before;
   for (int j = 0; j < Lanes<T>::count; ++j) {
+    carried *= behind.to_largest[j];
     before[j] = static_cast<T>(carried);
-    carried = gained[j] + double(tile.scale[0][j]) * carried;
+    carried = gained[j] + tile.scale[0][j] * carried;
   }
   gradient_from_weights<weighted>(tile, before, broadcast(factor));
 }

@@ -1,4 +1,5 @@
-"""The checks of the Python backends on lists, worded as csrc/autograd/lists.cpp words them for the native one."""
+"""Lists on the Python side: which items are there, and the checks of the Python backends, worded as
+csrc/autograd/lists.cpp words them for the native one."""
 
 from __future__ import annotations
 
@@ -57,8 +58,8 @@ def check_items(scores: Tensor, shape: torch.Size, lengths: Tensor | None, mask:
 
 def check_weight(weight: Tensor | None, shape: torch.Size, scores: Tensor) -> None:
     """The weight of a list."""
-    if weight is not None and not _is_real(weight):
-        raise TypeError(f"weight: expected a tensor of a real dtype, got {weight.dtype}")
+    if weight is not None:
+        check_real("weight", weight)
     check_per_list("weight", weight, shape, scores, scalar=True)
 
 
@@ -66,8 +67,7 @@ def check_by_position(name: str, tensor: Tensor | None, scores: Tensor) -> None:
     """None, or real numbers ``[N]`` or in the shape of the scores."""
     if tensor is None:
         return
-    if not _is_real(tensor):
-        raise TypeError(f"{name}: expected a tensor of a real dtype, got {tensor.dtype}")
+    check_real(name, tensor)
     if tensor.shape not in (scores.shape, scores.shape[-1:]):
         raise ValueError(
             f"{name}: expected one value a position, [{scores.shape[-1]}], or the shape of scores, "
@@ -76,16 +76,21 @@ def check_by_position(name: str, tensor: Tensor | None, scores: Tensor) -> None:
     _checks.check_device(name, tensor, "scores", scores)
 
 
-def _is_real(tensor: Tensor) -> bool:
-    return not tensor.is_complex() and (tensor.is_floating_point() or tensor.dtype in (*_INTEGERS, torch.bool))
+def check_real(name: str, tensor: Tensor) -> None:
+    """A tensor of real numbers."""
+    if not tensor.is_floating_point() and tensor.dtype not in (*_INTEGERS, torch.bool):
+        raise TypeError(f"{name}: expected a tensor of a real dtype, got {tensor.dtype}")
 
 
 def check_lengths_values(lengths: Tensor | None, size: int) -> None:
     """Raises for the first length out of range. Waits for the device."""
-    if lengths is None or not ((lengths < 0) | (lengths > size)).any():
+    if lengths is None:
         return
-    index = int(((lengths < 0) | (lengths > size)).flatten().nonzero()[0])
-    raise ValueError(f"lengths: expected from 0 to {size}, got {int(lengths.flatten()[index])} at list {index}")
+    lengths = lengths.flatten().long()  # a narrow integer would be compared with a wrapped size
+    bad = (lengths < 0) | (lengths > size)
+    if bad.any():
+        index = int(bad.nonzero()[0])
+        raise ValueError(f"lengths: expected from 0 to {size}, got {int(lengths[index])} at list {index}")
 
 
 def check_bounds_values(cu_seqlens: Tensor | None, total: int) -> None:
@@ -116,12 +121,36 @@ def check_order_values(order: Tensor | None, valid: Tensor) -> None:
         return
     size, count = valid.shape[-1], valid.sum(-1, keepdim=True)
     there = torch.arange(size, device=valid.device) < count
+    order = order.long()
     inside = (order >= 0) & (order < size)
     seen = torch.zeros(*valid.shape[:-1], size + 1, dtype=torch.bool, device=valid.device)
-    seen = seen.scatter(-1, torch.where(there & inside, order.long(), size), True)[..., :size]
+    seen = seen.scatter(-1, torch.where(there & inside, order, size), True)[..., :size]
     bad = ((there & ~inside).any(-1) | (seen != valid).any(-1)).flatten()
     if bad.any():
         index = int(bad.nonzero()[0])
         entries = order.reshape(-1, size)[index][: int(count.flatten()[index])].tolist()
         came = str(entries) if len(entries) <= 16 else f"{str(entries[:16])[:-1]}, …]"
         raise ValueError(f"order: expected each valid item's index once, best first, got {came} at list {index}")
+
+
+def valid_items(shape: torch.Size, device: torch.device, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Boolean ``[*, N]``: the first ``lengths`` items of a list, those where ``mask`` is True, or all."""
+    if mask is not None:
+        return mask
+    if lengths is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    return torch.arange(shape[-1], device=device) < lengths.unsqueeze(-1)
+
+
+def pad_index(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Where the items of packed lists stand, ``[lists, longest]`` (0 beyond a list's end), and the lists' lengths."""
+    lengths = cu_seqlens.diff()
+    longest = total if cu_seqlens.is_meta or lengths.numel() == 0 else max(0, min(total, int(lengths.max())))
+    index = cu_seqlens[:-1, None] + torch.arange(longest, device=cu_seqlens.device)
+    return index.clamp(0, max(total - 1, 0)), lengths
+
+
+def spread_lists(value: Tensor | float, shape: torch.Size, like: Tensor) -> Tensor:
+    """A number or tensor once a list, ``[*]``, in the accumulation type of the scores."""
+    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    return torch.as_tensor(value, dtype=dtype, device=like.device).expand(shape)

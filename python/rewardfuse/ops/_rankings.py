@@ -74,8 +74,7 @@ def _runs(begins: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
     if count == 0:
         return begins.long(), begins.long()
     start = torch.where(begins, place, 0).cummax(-1).values
-    after = torch.where(begins, place, count).roll(-1, -1)
-    after[..., -1] = count
+    after = torch.nn.functional.pad(torch.where(begins, place, count)[..., 1:], (0, 1), value=count)
     end = after.flip(-1).cummin(-1).values.flip(-1)
     return start, end - start
 
@@ -89,14 +88,15 @@ def tie_weights(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(u, v) by place; `position_weight` ``[N]`` or by place; `limit`: top_k by place, where below 1 gives NaN."""
+    observed = valid & (groups.first < limit)
     if position_weight is None:
         mean = torch.ones_like(groups.size, dtype=dtype)
     else:
-        weights = torch.where(valid, position_weight.double(), 0.0)
-        sums = torch.nn.functional.pad(weights.cumsum(-1), (1, 0))
-        ends = (groups.start + groups.size).clamp(max=groups.start.shape[-1])
-        mean = ((sums.gather(-1, ends) - sums.gather(-1, groups.start)) / groups.size.clamp(min=1)).to(dtype)
-    item_weight = torch.where(groups.first < limit, mean, 0)
+        weights = torch.where(observed, position_weight.double(), 0.0)
+        mean = (_over_groups(weights.expand(groups.size.shape), groups.start, groups.size, "sum") / groups.size).to(
+            dtype
+        )
+    item_weight = torch.where(observed, mean, 0)
     if isinstance(limit, Tensor):
         item_weight = torch.where(limit < 1, torch.nan, item_weight)
     if not breslow:

@@ -29,7 +29,7 @@ class Stages:
         self.scores, self.lengths, self.mask, self.position_weight = scores, lengths, mask, position_weight
         self.cu_seqlens: Tensor | None = None
         self.item_weight: Tensor | None = None
-        self.top_k, self.top_k_value = _top_k(top_k)
+        self.top_k, self.top_k_value = stage_count(top_k)
         self.weight, self.weight_value = _checks.tensor_or_number("weight", weight, 1.0)
         self.normalizer, self.normalizer_value = _checks.normalizer_or_none(normalizer)
         self.reduction = _checks.reduction_code(reduction)
@@ -74,7 +74,7 @@ class Stages:
         return namespace.plackett_luce_loss(*arguments)
 
 
-def _top_k(top_k: Any) -> tuple[Tensor | None, int]:
+def stage_count(top_k: Any) -> tuple[Tensor | None, int]:
     """The number of stages as kernels take it, where the number 0 stands for all of them."""
     if top_k is None:
         return None, 0
@@ -85,7 +85,7 @@ def _top_k(top_k: Any) -> tuple[Tensor | None, int]:
         raise TypeError(f"top_k: expected an int or a tensor of an integer dtype, got {type(top_k).__name__}")
     if top_k < 1:
         raise ValueError(f"top_k: expected at least 1, got {top_k}")
-    return None, top_k
+    return None, min(top_k, 2**62) if isinstance(top_k, int) else top_k
 
 
 def _check(
@@ -134,12 +134,8 @@ def _check_values(
     if order is None or scores.numel() == 0:
         return
     if cu_seqlens is not None:
-        from rewardfuse.reference._lists import pad_index
-
-        index, lengths = pad_index(cu_seqlens.long(), scores.numel())
+        index, lengths = _lists.pad_index(cu_seqlens.long(), scores.numel())
         order, mask = order[index], None
         scores = scores[index]
-    valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
-    if lengths is not None:
-        valid = torch.arange(scores.shape[-1], device=scores.device) < lengths.unsqueeze(-1)
+    valid = _lists.valid_items(scores.shape, scores.device, lengths, mask)
     _lists.check_order_values(order, valid)

@@ -47,8 +47,8 @@ def all_pairs_loss(
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype that it cannot have.
-        ValueError: a shape, device, option or range is wrong, or a label is NaN. Values on a GPU are checked under
-            ``rewardfuse.checks(True)``; unchecked, a bad one makes its list NaN.
+        ValueError: a shape, device, option or range is wrong, or a label is not finite. Values on a GPU are checked
+            under ``rewardfuse.checks(True)``; unchecked, a bad one makes its list NaN.
 
     Source: Ouyang et al. 2022 (InstructGPT), equation 1; the margin as in Touvron et al. 2023 (Llama 2), equation 2.
 
@@ -94,6 +94,8 @@ class AllPairsLoss(torch.nn.Module):
 
     def __init__(self, *, margin: float | None = None, reduction: str = "mean") -> None:
         super().__init__()
+        _checks.tensor_or_number("margin", margin, 0.0)
+        _checks.reduction_code(reduction)
         self.options = {"margin": margin, "reduction": reduction}
 
     def forward(
@@ -151,8 +153,6 @@ def _check_values(
     weight_value: float,
 ) -> None:
     _lists.check_lengths_values(lengths, scores.shape[-1])
-    valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
-    if lengths is not None:
-        valid = torch.arange(scores.shape[-1], device=scores.device) < lengths.unsqueeze(-1)
+    valid = _lists.valid_items(scores.shape, scores.device, lengths, mask)
     counted = weight_value != 0 if weight is None else (weight != 0).unsqueeze(-1)
-    _checks.check_values("labels", labels, labels == labels, valid & counted, "numbers")
+    _checks.check_values("labels", labels, labels.isfinite(), valid & counted, "finite numbers")

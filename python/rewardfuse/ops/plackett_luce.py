@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rewardfuse.ops import _checks, _lists, _rankings
-from rewardfuse.ops._stages import Stages
+from rewardfuse.ops._stages import Stages, stage_count
 from rewardfuse.ops._ties import tied_loss
 
 TIES = ("breslow", "efron")
@@ -56,7 +56,7 @@ def plackett_luce_loss(
             offered but not ranked; their order means nothing.
         ties: ``"breslow"`` or ``"efron"``.
         position_weight: :math:`u`, the weight of each stage by its position in the ranking, ``[N]`` or ``[*, N]``.
-        weight: :math:`w`, a number, a 0-d tensor or one per list, ``[*]``. A list of weight 0 is not read.
+        weight: :math:`w`, a number, a 0-d tensor or one per list, ``[*]``. Scores of a list of weight 0 are not read.
         reduction: ``"mean"`` divides the sum by the number of lists that have an item (weight 0 included), or by
             ``normalizer``; ``"sum"``; ``"none"`` returns ``[*]``. An empty mean is 0.
         normalizer: a positive number or 0-d tensor, only with ``"mean"``; for a global batch over processes.
@@ -64,12 +64,13 @@ def plackett_luce_loss(
     Returns:
         The loss in nats, float32 (float64 for float64 scores).
 
-    Gradients flow to ``scores`` alone; a second derivative raises NotImplementedError (the reference backend has it).
-    No finite scores overflow, and a NaN score makes its own list NaN and no other. Against float64, for float32 scores
-    within ±1000 and lists up to 65,536, the loss of a list is off by at most 1e-6·max(1, ℓ) and a gradient g by
-    1e-5·max(1, \|g\|); on the same lists neither is off by more than four times what ``torch.logcumsumexp`` in float32
-    is (tests/test_plackett_luce.py). Backward keeps the scores and, for lists of more than 512 items, two numbers for
-    every 512 or 1,024; with ``ranks`` also an order and, where items tie, two weights an item.
+    Gradients flow to ``scores`` alone; a second derivative raises NotImplementedError. No finite scores overflow; a NaN
+    score makes its own list NaN and no other; one of −inf is never chosen, and makes the loss inf where it was ranked.
+    Against float64, for float32 scores within ±1000 and lists up to 65,536, the loss of a list is off by at most
+    2e-6·max(1, ℓ) and a gradient g by 1e-5·max(1, \|g\|) on the CPU; neither is off by more than four times what
+    ``torch.logcumsumexp`` in float32 is on the same lists (tests/test_plackett_luce.py). Backward keeps the scores and,
+    for lists of more than 512 items, two numbers for every 512 or 1,024; with ``ranks`` also an order and, where items
+    tie, two weights an item (Efron: about 100 bytes an item).
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype that it cannot have.
@@ -97,9 +98,7 @@ def plackett_luce_loss(
     _lists.check_per_list("top_k", call.top_k, shape, scores, scalar=False)
     if _checks.values_are_checked(scores):
         _lists.check_top_k_values(call.top_k)
-    valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
-    if lengths is not None:
-        valid = torch.arange(scores.shape[-1], device=scores.device) < lengths.unsqueeze(-1)
+    valid = _lists.valid_items(scores.shape, scores.device, lengths, mask)
     _check_ranks(ranks, scores, valid)
     limit = call.top_k_value or scores.shape[-1] if call.top_k is None else call.top_k.unsqueeze(-1)
     return tied_loss(call, _rankings.sort_padded(ranks, valid), limit, ties, None)
@@ -214,22 +213,22 @@ def plackett_luce_sample(
     tensor([[1, 2, 0],
             [1, 2, 0]])
     """
-    _checks.check_tensors(scores=scores)
+    items = {"lengths": lengths, "mask": mask}
+    _checks.check_tensors(scores=scores, **{name: t for name, t in items.items() if t is not None})
     if not isinstance(n, int) or isinstance(n, bool) or n < 0:
         raise ValueError(f"n: expected a whole number from 0, got {n!r}")
     shape = _lists.list_shape(scores, None)
     _lists.check_items(scores, shape, lengths, mask)
-    if lengths is not None and _checks.values_are_checked(scores):
+    there = _lists.valid_items(scores.shape, scores.device, lengths, mask)
+    if _checks.values_are_checked(scores):
         _lists.check_lengths_values(lengths, scores.shape[-1])
-    dtype = torch.float64 if scores.dtype is torch.float64 else torch.float32
-    noise = torch.empty((n, *scores.shape), dtype=dtype, device=scores.device).exponential_(generator=generator)
-    keys = scores.detach().to(dtype) - noise.log()
-    if lengths is not None:
-        mask = torch.arange(scores.shape[-1], device=scores.device) < lengths.unsqueeze(-1)
+        _checks.check_values("scores", scores, scores == scores, there, "numbers")
+    noise = torch.empty((n, *scores.shape), dtype=torch.float64, device=scores.device).exponential_(generator=generator)
+    keys = torch.where(there, scores.detach().double(), 0) - noise.log()  # float64, lest large scores swallow the noise
     order = keys.argsort(dim=-1, descending=True, stable=True)
-    if mask is None:
+    if lengths is None and mask is None:
         return order
-    there = mask.expand(keys.shape).gather(-1, order)
+    there = there.expand(keys.shape).gather(-1, order)
     return order.gather(-1, (~there).to(torch.uint8).argsort(dim=-1, stable=True))
 
 
@@ -244,8 +243,9 @@ class PlackettLuceLoss(torch.nn.Module):
 
     def __init__(self, *, top_k: int | None = None, ties: str = "breslow", reduction: str = "mean") -> None:
         super().__init__()
-        if ties not in TIES:
-            raise ValueError(f'ties: expected "breslow" or "efron", got {ties!r}')
+        _check_ties(ties)
+        _checks.reduction_code(reduction)
+        stage_count(top_k)
         self.options = {"top_k": top_k, "ties": ties, "reduction": reduction}
 
     def forward(
@@ -256,13 +256,15 @@ class PlackettLuceLoss(torch.nn.Module):
         ranks: Tensor | None = None,
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
+        top_k: Tensor | int | None = None,
         position_weight: Tensor | None = None,
         weight: Tensor | float | None = None,
         normalizer: Tensor | float | None = None,
     ) -> Tensor:
-        """The loss of a batch; arguments as in :func:`plackett_luce_loss`."""
+        """The loss of a batch; arguments as in :func:`plackett_luce_loss`. `top_k` goes before the module's own."""
         tensors = {"order": order, "ranks": ranks, "lengths": lengths, "mask": mask, "position_weight": position_weight}
-        return plackett_luce_loss(scores, **tensors, weight=weight, normalizer=normalizer, **self.options)
+        options = self.options if top_k is None else self.options | {"top_k": top_k}
+        return plackett_luce_loss(scores, **tensors, weight=weight, normalizer=normalizer, **options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -274,20 +276,25 @@ def _by_item(position_weight: Tensor, place: Tensor, scores: Tensor) -> Tensor:
     if size is None:
         raise ValueError(f"position_weight: expected one value a position, [M], got {list(position_weight.shape)}")
     _checks.check_device("position_weight", position_weight, "scores", scores)
+    _lists.check_real("position_weight", position_weight)
     if _checks.values_are_checked(scores) and place.numel() and int(place.max()) >= size:
         raise ValueError(f"position_weight: expected a value for each of {int(place.max()) + 1} positions, got {size}")
     if size == 0:
         return torch.full(place.shape, torch.nan, device=place.device)
-    weight = position_weight if position_weight.is_floating_point() else position_weight.to(torch.float32)
+    weight = position_weight if position_weight.is_floating_point() else position_weight.double()
     return torch.where(place < size, weight[place.clamp(0, size - 1)], torch.nan)
 
 
 def _check_options(scores: Tensor, ties: str, **tensors: Tensor | None) -> None:
     """What no backend could be asked."""
     _checks.check_tensors(scores=scores, **{name: t for name, t in tensors.items() if t is not None})
+    _check_ties(ties)
+    _checks.check_constants(position_weight=tensors["position_weight"], ranks=tensors["ranks"])
+
+
+def _check_ties(ties: object) -> None:
     if not isinstance(ties, str) or ties not in TIES:
         raise ValueError(f'ties: expected "breslow" or "efron", got {ties!r}')
-    _checks.check_constants(position_weight=tensors["position_weight"], ranks=tensors["ranks"])
 
 
 def _check_ranks(ranks: Tensor, scores: Tensor, valid: Tensor) -> None:

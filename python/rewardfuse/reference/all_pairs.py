@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rewardfuse.reference._lists import spread_lists, valid_items
-from rewardfuse.reference._reduction import reduce
+from rewardfuse.ops._lists import spread_lists, valid_items
+from rewardfuse.ops._reduction import reduce
 
 
 class _MeanOverPairs(torch.autograd.Function):
@@ -67,11 +67,12 @@ def all_pairs_loss(
     valid = valid_items(scores.shape, scores.device, lengths, mask)
     weight = spread_lists(weight_value if weight is None else weight, scores.shape[:-1], scores)
     counted = valid & (weight != 0).unsqueeze(-1)
-    labels = labels.double() if labels.is_floating_point() else labels.long()
+    labels = labels.double()
+    lengths = None if lengths is None else lengths.long()
     values = torch.where(counted, scores.to(weight.dtype), torch.zeros((), dtype=weight.dtype, device=scores.device))
     means, _ = _MeanOverPairs.apply(values, labels, counted, margin_value if margin is None else margin)
     has_pair = _has_pair(labels, valid)
-    bad = (counted & (labels != labels)).any(-1)
+    bad = (counted & ~labels.isfinite()).any(-1)
     if lengths is not None:
         bad = bad | (lengths < 0) | (lengths > scores.shape[-1])
     means = means * torch.where(bad, torch.nan, 1.0)  # and so is the gradient
@@ -80,10 +81,8 @@ def all_pairs_loss(
 
 
 def _has_pair(labels: Tensor, valid: Tensor) -> Tensor:
-    """Whether two valid items differ in label, ``[*]``."""
+    """Whether two valid items differ in label, ``[*]``; one whose label is NaN has no pair."""
     if labels.shape[-1] == 0:
         return torch.zeros(labels.shape[:-1], dtype=torch.bool, device=labels.device)
-    values = labels.double()
-    highest = torch.where(valid, values, -torch.inf).amax(-1)
-    lowest = torch.where(valid, values, torch.inf).amin(-1)
-    return highest > lowest
+    known = valid & (labels == labels)
+    return torch.where(known, labels, -torch.inf).amax(-1) > torch.where(known, labels, torch.inf).amin(-1)

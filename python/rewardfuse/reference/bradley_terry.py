@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rewardfuse.ops._reduction import reduce
 from rewardfuse.reference._pairs import Pairs, select_pairs
-from rewardfuse.reference._reduction import reduce
 
 
 def bradley_terry_loss(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rewardfuse.reference._lists import pad_index, spread_lists, valid_items
-from rewardfuse.reference._reduction import reduce
+from rewardfuse.ops._lists import pad_index, spread_lists, valid_items
+from rewardfuse.ops._reduction import reduce
 
 
 def plackett_luce_loss(
@@ -30,7 +32,7 @@ def plackett_luce_loss(
     Both are ``[N]`` or ``[*, N]`` by position in the ranking, or ``[total]`` for packed lists; `top_k_value` 0 is none.
     """
     if cu_seqlens is not None:
-        index, lengths = pad_index(cu_seqlens, scores.numel())
+        index, lengths = pad_index(cu_seqlens.long(), scores.numel())
         inside = (cu_seqlens[:-1] >= 0) & (cu_seqlens[1:] <= scores.numel()) & (lengths >= 0)
         if index.shape[-1] == 0:
             index = index.new_zeros(index.shape)
@@ -38,6 +40,7 @@ def plackett_luce_loss(
             t if t is None else t[index] for t in (scores, order, position_weight, item_weight)
         )
     shape, size = scores.shape[:-1], scores.shape[-1]
+    lengths = None if lengths is None else lengths.long()
     valid = valid_items(scores.shape, scores.device, lengths, mask)
     count = lengths if lengths is not None else valid.sum(-1)
     if cu_seqlens is None:
@@ -54,9 +57,25 @@ def plackett_luce_loss(
     ranked = scores if order is None else scores.gather(-1, order.long().clamp(0, max(size - 1, 0)))
     nll = _likelihood(ranked.to(weight.dtype), counted, position_weight, item_weight, top_k, top_k_value)
     inside = inside if top_k is None else inside & (top_k >= 1)
-    nll = nll * torch.where(inside, 1.0, torch.nan)  # and so is the gradient
+    known = inside & ~torch.where(counted, ranked, 0).isnan().any(-1)
+    nll = nll * torch.where(known, 1.0, torch.nan)  # and so is the gradient
     losses = torch.where(weight != 0, weight * nll, torch.zeros_like(nll))
+    losses = _Once.apply(losses)
     return reduce(losses, (count > 0) | ~inside, reduction, normalizer, normalizer_value)
+
+
+class _Once(torch.autograd.Function):
+    """The same values. logcumsumexp's second derivative is NaN where a weight is 0, so none is given."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor) -> Tensor:
+        return losses.view_as(losses)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("plackett_luce_loss: a second derivative (create_graph=True) is not implemented")
+        return gradient
 
 
 def _permutes(order: Tensor, there: Tensor, valid: Tensor) -> Tensor:
@@ -84,7 +103,7 @@ def _likelihood(
     nothing = torch.full_like(zero, torch.finfo(scores.dtype).min / 4)
     highest = torch.where(counted, scores, nothing).detach().amax(-1, keepdim=True)
     scores = scores - highest  # of no effect on the likelihood, but logcumsumexp's gradient would lose log 2 at 1e9
-    suffix = torch.where(counted, scores, nothing).flip(-1).logcumsumexp(-1).flip(-1)
+    suffix = torch.where(counted & (scores > nothing), scores, nothing).flip(-1).logcumsumexp(-1).flip(-1)
     place = torch.arange(size, device=scores.device)
     limit = top_k_value or size if top_k is None else top_k.unsqueeze(-1)
     stages = counted & (place < limit)
