@@ -199,6 +199,56 @@ def test_bad_row_is_trained_on_or_not_named(tmp_path, tokenizer, columns, messag
         make_trainer(tmp_path, tokenizer, lists(6, **columns))
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"responses": "abc", "ranks": [1, 2, 3]}, "row 1: `responses` must be a list, got a string"),
+        ({"responses": None}, "row 1: `responses` must be a list, got null"),
+        ({"responses": ["a", None]}, r"row 1: `responses\[1\]` must be a string or .* got null"),
+        ({"responses": ["a", 3]}, r"row 1: `responses\[1\]` must be a string or .* got a number"),
+        ({"responses": ["a", []]}, r"row 1: `responses\[1\]` must be a string or .* got an empty list"),
+        ({"response_ids": "ab"}, "row 1: `response_ids` must be a list, got a string"),
+        ({"response_ids": [[], [1]]}, r"row 1: `response_ids\[0\]` must be a list of at least one token id, got \[\]"),
+        ({"response_ids": [[1], None]}, r"row 1: `response_ids\[1\]` must be .* got None"),
+        ({"response_ids": [[1], [0.5]]}, r"row 1: `response_ids\[1\]` must be .* got \[0.5\]"),
+        ({"weight": float("inf")}, "row 1: `weight` must be finite and at least 0, got inf"),
+        ({"prompt": 3}, "row 1: `prompt` must be a string or a list of chat messages, got a number"),
+    ],
+    ids=str,
+)
+def test_row_of_another_kind_is_trained_on_or_fails_elsewhere(tmp_path, tokenizer, row, message):
+    good = {"responses": ["a", "b"], "ranks": [1, 2]}
+    stream = IterableDataset.from_generator(lambda: iter([good, {**good, **row}]))
+    with pytest.raises(ValueError, match=f"train data set, {message}"):
+        list(make_trainer(tmp_path, tokenizer, stream).train_dataset)
+
+
+def test_error_of_a_tokenizer_loses_its_row(tmp_path):
+    class Failing(type(byte_tokenizer())):
+        def __call__(self, text, **options):
+            return b"\xff".decode("utf-8")  # its error takes five arguments
+
+    tokenizer = byte_tokenizer()
+    tokenizer.__class__ = Failing
+    with pytest.raises(ValueError, match="train data set, row 0: 'utf-8' codec can't decode byte 0xff"):
+        make_trainer(tmp_path, tokenizer, lists(2))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_data_set_without_lists_gives_an_obscure_error_or_none(tmp_path, tokenizer, stream):
+    dataset = lists(4)
+    empty = dataset.select([])
+    if stream:
+        dataset, empty = dataset.to_iterable_dataset(), IterableDataset.from_generator(lambda: iter([]))
+    with pytest.raises(ValueError, match="train data set: expected at least one row, got none"):
+        make_trainer(tmp_path, tokenizer, empty)
+    with pytest.raises(ValueError, match="train data set: every list has a response longer than max_length=3"):
+        make_trainer(tmp_path, tokenizer, dataset, max_length=3)
+    trainer = make_trainer(tmp_path, tokenizer, dataset)
+    with pytest.raises(ValueError, match="eval data set: expected at least one row, got none"):
+        trainer.evaluate(empty)
+
+
 def test_pairs_give_an_obscure_error(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"row 0: no `responses` .found: 'prompt', 'chosen', 'rejected'"):
         make_trainer(tmp_path, tokenizer, pairs())

@@ -9,6 +9,7 @@ import transformers
 from scipy.stats import kendalltau
 
 import list_oracles
+from rewardfuse import batch_losses
 from rewardfuse.batch_losses import LIST_LOSSES, ListStats, count_lists, list_loss, list_stats
 from rewardfuse.batching import ListCollator, ListDataset, collate_lists
 from rewardfuse.byte_tokenizer import byte_tokenizer
@@ -77,7 +78,7 @@ def test_fields_of_a_line_are_lost(tmp_path):
         ({**THREE}, "expected exactly one of `ranks`, `order`, `labels` .found: 'responses'"),
         ({**GOOD, "labels": [1, 2, 3]}, "exactly one of .* .found: `ranks` and `labels`"),
         ({**THREE, "ranks": [1, 2]}, "`ranks` must hold one number for each of the 3 responses, got 2"),
-        ({**THREE, "ranks": [1, 0, 2]}, "`ranks` must be at least 1 .1 = best., got 0"),
+        ({**THREE, "ranks": [1, 0, 2]}, "`ranks` must be finite and at least 1 .1 = best., got 0"),
         ({**THREE, "ranks": [1, True, 2]}, "`ranks` must hold numbers, got a boolean"),
         ({**THREE, "ranks": [1, "2", 3]}, "`ranks` must hold numbers, got a string"),
         ({**THREE, "ranks": 1}, "`ranks` must be a list of numbers, got a number"),
@@ -90,8 +91,10 @@ def test_fields_of_a_line_are_lost(tmp_path):
         ({"responses": ["a"], "ranks": [1]}, "`responses` must hold at least two, got 1"),
         ({"responses": "ab", "ranks": [1, 2]}, "`responses` must be a list, got a string"),
         ({"responses": ["a", 3], "ranks": [1, 2]}, r"`responses\[1\]` must be a string or a list .* got a number"),
-        ({"ranks": [1, 2]}, "`responses` must be a list, got no such key"),
-        ({**GOOD, "weight": -1}, "`weight` must be at least 0, got -1"),
+        ({"ranks": [1, 2]}, "no `responses` .found: 'ranks'"),
+        ({"responses": [["a"], "b"], "ranks": [1, 2]}, r"`responses\[0\]` must be .* chat messages .* got a list"),
+        ({"responses": [[{}], "b"], "ranks": [1, 2]}, r"`responses\[0\]`: a message must have the strings `role`"),
+        ({**GOOD, "weight": -1}, "`weight` must be finite and at least 0, got -1"),
         ({**GOOD, "weight": "1"}, "`weight` must be a number, got a string"),
         ({**GOOD, "top_k": 0}, "`top_k` must be an integer of at least 1, got 0"),
         ({**GOOD, "top_k": 1.5}, "`top_k` must be an integer of at least 1, got 1.5"),
@@ -116,9 +119,12 @@ def test_file_of_pairs_is_not_read_as_pairs(tmp_path):
 
 def test_a_list_made_in_python_is_not_checked():
     assert ranks_from_order([2, 0, 1]) == (2, 3, 1) and ranks_from_labels([0, 5, 5, 1]) == (4, 1, 1, 3)
-    for ranks in ((1, 2, 3), (1, 0.5), (1, math.nan)):
+    for ranks in ((1, 2, 3), (1, 0.5), (1, math.nan), (1, math.inf), (1, 10**400)):
         with pytest.raises(ValueError, match="`ranks` must"):
             RankedList(("a", "b"), ranks)
+    for weight in (-1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="`weight` must be finite and at least 0"):
+            RankedList(("a", "b"), (1, 2), weight=weight)
 
 
 LISTS = [
@@ -135,6 +141,22 @@ def test_responses_are_not_laid_end_to_end_best_first():
     assert batch["rows"].tolist() == [[0, 1, 2, -1], [3, 4, 5, 6], [7, 8, -1, -1]]
     assert batch["ranks"].tolist() == [1, 2, 3, 1, 2, 2, 4, 1, 1]
     assert collate_lists(LISTS[:1])[1].keys() == {"cu_seqlens", "rows"}  # without ties the order says it all
+
+
+@pytest.mark.parametrize("with_numbers", [0, 1, 2])
+def test_number_that_only_some_lists_have_is_lost_or_missed(with_numbers):
+    items = [dict(item) for item in LISTS]
+    items[with_numbers].update(weight=0.5, top_k=1)
+    items[with_numbers - 1].update(weight=None, top_k=None)
+    batch = collate_lists(items)[1]
+    weight, top_k = [1.0, 1.0, 1.0], [3, 4, 2]
+    weight[with_numbers], top_k[with_numbers] = 0.5, 1
+    assert batch["weight"].tolist() == weight and batch["top_k"].tolist() == top_k
+
+
+def test_empty_batch_gives_an_obscure_error():
+    with pytest.raises(ValueError, match="items must hold at least one list, got none"):
+        collate_lists([])
 
 
 def test_collator_encodes_a_response_twice_or_loses_a_number():
@@ -228,6 +250,24 @@ def test_padding_or_an_unread_list_reaches_the_statistics():
     assert count_lists(torch.tensor([1.0, 2.0]), tied)[1].tolist() == [[0.0] * 4]
 
 
+def test_statistics_hold_all_pairs_of_all_lists_at_once():
+    _, batch = collate_lists([{"response_ids": [[1]] * 200, "ranks": list(range(1, 201))}] * 300)  # 12 million pairs
+    rewards = torch.arange(200.0).neg().repeat(300)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        stats = list_stats(rewards, batch)
+    shapes = [shape for event in profile.events() for shape in event.input_shapes if len(shape) == 3]
+    assert 2**20 < max(map(math.prod, shapes)) <= 2**22
+    assert [value.item() for value in stats] == pytest.approx([1, 1, 1, 100])
+
+
+@pytest.mark.parametrize("pairs_at_once", [1, 80])  # one list, two lists
+def test_statistics_depend_on_how_many_lists_are_compared_at_once(monkeypatch, pairs_at_once):
+    batch, rewards, _, _ = random_batch(1, [1.0, 0.0, 2.5])
+    whole = count_lists(rewards, batch)
+    monkeypatch.setattr(batch_losses, "PAIRS_AT_ONCE", pairs_at_once)
+    assert torch.equal(torch.stack(count_lists(rewards, batch)), torch.stack(whole))
+
+
 @pytest.mark.parametrize("loss", LIST_LOSSES)
 def test_model_gives_another_loss_than_its_rewards(loss):
     sizes = {"vocab_size": 259, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
@@ -243,7 +283,28 @@ def test_model_gives_another_loss_than_its_rewards(loss):
     assert model.score.weight.grad.abs().sum() > 0
 
 
-def test_unknown_loss_is_taken_for_another_one():
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "bradley_terry"}, "loss must be one of plackett_luce, all_pairs, got 'bradley_terry'"),
+        ({"ties": "zz"}, "ties must be one of breslow, efron, got 'zz'"),
+        ({"loss": "all_pairs", "ties": "zz"}, "ties must be one of breslow, efron, got 'zz'"),
+        ({"loss": "all_pairs", "ties": "efron"}, "ties is an option of the loss plackett_luce, not of all_pairs"),
+    ],
+)
+def test_unknown_option_is_taken_for_another_one(options, message):
     batch, rewards, _, _ = random_batch(0)
-    with pytest.raises(ValueError, match="loss must be one of plackett_luce, all_pairs, got 'bradley_terry'"):
-        list_loss(rewards, batch, loss="bradley_terry")
+    with pytest.raises(ValueError, match=message):
+        list_loss(rewards, batch, **options)
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 1.5, True])
+@pytest.mark.parametrize("known", [None, [2]])
+def test_top_k_out_of_range_gives_a_figure(known, top_k):
+    batch, rewards, _, _ = random_batch(0, top_k=known)
+    message = f"top_k must be an integer of at least 1, got {top_k}"
+    for loss in LIST_LOSSES:
+        with pytest.raises(ValueError, match=message):
+            list_loss(rewards, batch, loss=loss, top_k=top_k)
+    with pytest.raises(ValueError, match=message):
+        list_stats(rewards, batch, top_k)

@@ -11,6 +11,7 @@ import rewardfuse
 from rewardfuse.batch_losses import LIST_LOSSES, ListStats, count_lists, list_loss, list_table, pair_loss
 from rewardfuse.batching import ListCollator, ListDataset, PairCollator, PairDataset
 from rewardfuse.data import PAIR_NUMBERS, PreferencePair
+from rewardfuse.ops.plackett_luce import TIES
 from rewardfuse.ranked_lists import RankedList
 from rewardfuse.train import TrainOptions
 
@@ -72,7 +73,7 @@ class ListObjective:
     def __init__(self, options: TrainOptions):
         self.loss_name = _chosen_loss(self, options)
         _refuse(options, _PAIR_OPTIONS, "pairs, not of ranked lists")
-        _check_choice(options, "ties", ("breslow", "efron"), self.unit)
+        _check_choice(options, "ties", TIES, self.unit)
         if self.loss_name == "all_pairs":
             _refuse(options, {"ties": "breslow"}, "the loss plackett_luce, not of all_pairs")
         self.options = {"ties": options.ties, "top_k": options.top_k}

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 import rewardfuse
+from rewardfuse.ops.plackett_luce import TIES
 
 LIST_LOSSES = ("plackett_luce", "all_pairs")
+PAIRS_AT_ONCE = 2**22  # of responses that `count_lists` compares
 
 
 class ListStats(NamedTuple):
@@ -55,9 +57,16 @@ def list_loss(
     ``cu_seqlens``, ``rows``, ``ranks``, ``weight`` and ``top_k`` are taken from ``batch``; the smaller one of its
     ``top_k`` and this one holds. For ``all_pairs`` every pair of different ranks counts, but for pairs of responses
     that ``top_k`` says were not ranked. ``options``: ``reduction`` (``"none"``: ``[lists]``) and ``normalizer``.
+
+    Raises:
+        ValueError: an unknown ``loss`` or ``ties``, other ``ties`` than the default with ``all_pairs``, a ``top_k``
+            that is no int of at least 1, and whatever the losses themselves refuse.
     """
-    if loss not in LIST_LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LIST_LOSSES)}, got {loss!r}")
+    for name, value, accepted in (("loss", loss, LIST_LOSSES), ("ties", ties, TIES)):
+        if value not in accepted:
+            raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+    if loss != "plackett_luce" and ties != "breslow":
+        raise ValueError(f"ties is an option of the loss plackett_luce, not of {loss}, got {ties!r}")
     weight = batch.get("weight")
     if loss == "plackett_luce":
         stages = {"ranks": batch.get("ranks"), "top_k": _observed(batch, top_k), "ties": ties}
@@ -78,17 +87,16 @@ def count_lists(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What :class:`ListStats` are made of, for each list: ``(sums, counts)``, float64 ``[lists, 4]`` each.
 
-    Compares every two responses of a list: ``[lists, K, K]`` booleans, K the length of the longest one.
+    Compares every two responses of a list, K² pairs, K the length of the longest one: a few booleans a pair. At most
+    2^22 pairs are held at once, by going through the lists in chunks, or those of one list where it alone has more.
     """
     scores, ranks, valid = list_table(rewards.double(), batch, top_k)
     if "weight" in batch:
         valid = valid & (batch["weight"] != 0)[:, None]
-    both = valid[:, :, None] & valid[:, None, :]
-    better = both & (ranks[:, :, None] < ranks[:, None, :])
-    higher = both & (scores[:, :, None] > scores[:, None, :])
-    right, wrong = ((better & which).sum((1, 2)).double() for which in (higher, higher.mT))
-    pairs = better.sum((1, 2)).double()
-    tau_scale = (pairs * higher.sum((1, 2))).sqrt()
+    at_once = max(1, PAIRS_AT_ONCE // max(1, scores.shape[1]) ** 2)
+    chunks = zip(*(table.split(at_once) for table in (scores, ranks, valid)), strict=True)
+    right, wrong, pairs, unequal = torch.cat([_count_pairs(*chunk) for chunk in chunks], 1).double()
+    tau_scale = (pairs * unequal).sqrt()
     best, others = valid & (ranks == 1), valid & (ranks > 1)
     decided = others.any(1)
     first = torch.where(best, scores, -torch.inf).amax(1) > torch.where(others, scores, -torch.inf).amax(1)
@@ -99,8 +107,19 @@ def count_lists(
     return torch.stack(sums, 1), torch.stack([pairs, decided, tau_scale > 0, decided], 1).double()
 
 
+def _count_pairs(scores: torch.Tensor, ranks: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Of the pairs of each list ``[lists, K]``, int64 ``[4, lists]``: those whose ranks differ that the scores order
+    alike, and that they order otherwise; those whose ranks differ; those whose scores differ."""
+    both = valid[:, :, None] & valid[:, None, :]
+    better = both & (ranks[:, :, None] < ranks[:, None, :])
+    higher = both & (scores[:, :, None] > scores[:, None, :])
+    return torch.stack([which.sum((1, 2)) for which in (better & higher, better & higher.mT, better, higher)])
+
+
 def _observed(batch: dict[str, torch.Tensor], top_k: int | None) -> torch.Tensor | int | None:
     """How many of the best are known, by the batch and by the option."""
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
+        raise ValueError(f"top_k must be an integer of at least 1, got {top_k!r}")
     if "top_k" not in batch:
         return top_k
     return batch["top_k"] if top_k is None else batch["top_k"].clamp(max=top_k)

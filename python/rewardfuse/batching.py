@@ -215,14 +215,21 @@ class ListCollator:
 def collate_lists(items: Sequence[dict[str, Any]]) -> tuple[list[Sequence[int]], dict[str, torch.Tensor]]:
     """Lay lists ``{"response_ids", "ranks"}``, with ``weight`` and ``top_k`` or without, end to end.
 
+    If some lists have a ``weight``, those without one (or with None) have 1; ``top_k`` likewise, the list's length.
+
     Returns:
         The token ids of every response, list after list, best first (tied ones as given), and the tensors
 
         - ``cu_seqlens`` int64 ``[lists + 1]``: list r is rows ``cu_seqlens[r]`` to ``cu_seqlens[r + 1]``;
         - ``rows`` int64 ``[lists, K]``: the same as a table, the rows of each list, best first; -1 beyond its end;
         - ``ranks`` int64 ``[responses]``, only where some responses tie: 1 + how many of the list are better;
-        - ``weight`` float32 and ``top_k`` int64 ``[lists]``, where the items have them.
+        - ``weight`` float32 and ``top_k`` int64 ``[lists]``, each where some item has it.
+
+    Raises:
+        ValueError: there are no items.
     """
+    if not items:
+        raise ValueError("items must hold at least one list, got none")
     sequences, ranks, lengths = [], [], []
     for item in items:
         best_first = sorted(range(len(item["ranks"])), key=item["ranks"].__getitem__)
@@ -238,9 +245,11 @@ def collate_lists(items: Sequence[dict[str, Any]]) -> tuple[list[Sequence[int]],
     }
     if ranks != [place + 1 for length in lengths for place in range(length)]:
         batch["ranks"] = torch.tensor(ranks)
-    for key, dtype in (("weight", torch.float32), ("top_k", torch.int64)):
-        if key in items[0]:
-            batch[key] = torch.tensor([item[key] for item in items], dtype=dtype)
+    for key, dtype, absent in (("weight", torch.float32, [1.0] * len(items)), ("top_k", torch.int64, lengths)):
+        values = [item.get(key) for item in items]
+        if any(value is not None for value in values):
+            filled = [default if value is None else value for value, default in zip(values, absent, strict=True)]
+            batch[key] = torch.tensor(filled, dtype=dtype)
     return sequences, batch
 
 

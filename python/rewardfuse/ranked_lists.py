@@ -48,8 +48,8 @@ class RankedList:
         top_k: how many of the best responses are known; the others were offered, but not ranked. ``None``: all are.
 
     Raises:
-        ValueError: fewer than two responses, as many ranks as there are no responses, a rank below 1 or NaN, a
-            negative ``weight``, or a ``top_k`` that is no int of at least 1.
+        ValueError: fewer than two responses, as many ranks as there are no responses, a rank that is not finite or
+            below 1, a ``weight`` that is not finite or negative, or a ``top_k`` that is no int of at least 1.
     """
 
     responses: tuple[Text, ...]
@@ -63,11 +63,11 @@ class RankedList:
         if len(self.responses) < 2:
             raise ValueError(f"`responses` must hold at least two, got {len(self.responses)}")
         _check_count("ranks", self.ranks, len(self.responses))
-        wrong = [rank for rank in self.ranks if not rank >= 1]
+        wrong = [rank for rank in self.ranks if not 1 <= to_float(rank) < math.inf]
         if wrong:
-            raise ValueError(f"`ranks` must be at least 1 (1 = best), got {wrong[0]}")
-        if self.weight is not None and not self.weight >= 0:
-            raise ValueError(f"`weight` must be at least 0, got {self.weight}")
+            raise ValueError(f"`ranks` must be finite and at least 1 (1 = best), got {wrong[0]}")
+        if self.weight is not None and not 0 <= to_float(self.weight) < math.inf:
+            raise ValueError(f"`weight` must be finite and at least 0, got {self.weight}")
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise ValueError(f"`top_k` must be an integer of at least 1, got {self.top_k!r}")
 
@@ -157,20 +157,38 @@ def _shown(values: Sequence[Any]) -> str:
     return f"[{text}, …]" if len(values) > 12 else f"[{text}]"
 
 
+def check_responses(record: Mapping[str, Any]) -> list[Text]:
+    """The record's ``responses``, each a string or a list of messages; what the messages hold is not looked at.
+
+    Raises:
+        ValueError: there are none, or they are something else.
+    """
+    if "responses" not in record:
+        raise ValueError(f"no `responses` (found: {', '.join(map(repr, record)) or 'no key at all'})")
+    responses = record["responses"]
+    if not isinstance(responses, list):
+        raise ValueError(f"`responses` must be a list, got {kind_of(responses)}")
+    for index, response in enumerate(responses):
+        messages = response if isinstance(response, list) else [None]
+        if not isinstance(response, str) and not (messages and all(isinstance(item, dict) for item in messages)):
+            accepted = "a string or a list of chat messages (objects)"
+            raise ValueError(f"`responses[{index}]` must be {accepted}, got {kind_of(response)}")
+    return responses
+
+
 def parse_list(path: str, line: int, record: dict[str, Any]) -> RankedList:
     """Check one record and make it a :class:`RankedList`; raises :class:`DataError`."""
-    responses = record.get("responses")
-    if not isinstance(responses, list):
-        found = kind_of(responses) if "responses" in record else "no such key"
-        raise DataError(path, line, f"`responses` must be a list, got {found}")
-    texts = [check_text(path, line, f"responses[{index}]", text) for index, text in enumerate(responses)]
     weight = parse_number(path, line, record, "weight")
     prompt = parse_text(path, line, record, "prompt") if record.get("prompt") is not None else None
     try:
+        responses = check_responses(record)
         ranks = ranks_of(record)
-        return RankedList(tuple(texts), ranks, prompt, weight, record.get("top_k"), source=f"{path}:{line}")
+        ranked = RankedList(tuple(responses), ranks, prompt, weight, record.get("top_k"), source=f"{path}:{line}")
     except ValueError as error:
         raise DataError(path, line, str(error)) from None
+    for index, response in enumerate(responses):
+        check_text(path, line, f"responses[{index}]", response)
+    return ranked
 
 
 def read_preferences(path: str) -> list[PreferencePair] | list[RankedList]:

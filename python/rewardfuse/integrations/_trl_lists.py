@@ -13,11 +13,12 @@ from trl.trainer.utils import global_then_local_main_first, pad
 
 from rewardfuse.batch_losses import LIST_LOSSES, list_loss, list_stats
 from rewardfuse.batching import as_messages, collate_lists
+from rewardfuse.data import kind_of
 from rewardfuse.integrations._trl_metrics import DeferredMetrics, number
-from rewardfuse.ranked_lists import RankedList, ranks_of
+from rewardfuse.ops.plackett_luce import TIES
+from rewardfuse.ranked_lists import RankedList, check_responses, ranks_of
 
 COLUMNS = ("response_ids", "ranks", "weight", "top_k")  # of a prepared data set
-TIES = ("breslow", "efron")
 
 
 @dataclass
@@ -100,7 +101,8 @@ class ListwiseRewardTrainer(DeferredMetrics, trl.RewardTrainer):
     Source: Luce 1959, Plackett 1975; all pairs: Ouyang et al. 2022 (InstructGPT), eq. 1.
 
     Raises:
-        ValueError, TypeError: a row that is no ranked list, named with its number; ``args`` of another class.
+        ValueError, TypeError: a row that is no ranked list, named with its number; ``args`` of another class; a data
+            set without rows, or of which ``max_length`` leaves none.
     """
 
     def __init__(self, model, args: ListwiseRewardConfig | None = None, *more, **kwargs):
@@ -115,17 +117,25 @@ class ListwiseRewardTrainer(DeferredMetrics, trl.RewardTrainer):
             try:
                 return _prepare(example, processing_class)
             except (ValueError, TypeError) as error:
-                raise type(error)(f"{dataset_name} data set, row {index}: {error}") from None
+                kind = TypeError if isinstance(error, TypeError) else ValueError  # subclasses take other arguments
+                raise kind(f"{dataset_name} data set, row {index}: {error}") from None
 
         sized = isinstance(dataset, Dataset)  # an IterableDataset takes neither of these options
         options = {"num_proc": args.dataset_num_proc, "desc": f"Preparing {dataset_name} dataset"} if sized else {}
-        unused = [name for name in next(iter(dataset)) if name not in COLUMNS]
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError(f"{dataset_name} data set: expected at least one row, got none")
+        unused = [name for name in first if name not in COLUMNS]
         with global_then_local_main_first():
             dataset = dataset.map(prepare, with_indices=True, remove_columns=unused, **options)
             if args.max_length is not None:
                 dataset = dataset.filter(
                     lambda example: max(map(len, example["response_ids"])) <= args.max_length, **options
                 )
+        if next(iter(dataset), None) is None:
+            raise ValueError(
+                f"{dataset_name} data set: every list has a response longer than max_length={args.max_length}"
+            )
         return dataset
 
     def _set_signature_columns_if_needed(self):
@@ -145,9 +155,7 @@ class ListwiseRewardTrainer(DeferredMetrics, trl.RewardTrainer):
 def _prepare(example: dict[str, Any], tokenizer) -> dict[str, Any]:
     """What the collator needs of a row, checked: token ids, ranks, and weight and top_k if there are such columns."""
     tokenized = example.get("response_ids") is not None
-    responses = example.get("response_ids" if tokenized else "responses")
-    if responses is None:
-        raise ValueError(f"no `responses` (found: {', '.join(map(repr, example))})")
+    responses = _check_ids(example["response_ids"]) if tokenized else check_responses(example)
     ranks = ranks_of({**example, "responses": responses})
     numbers = {}
     for name, absent in (("weight", 1.0), ("top_k", len(responses))):
@@ -157,12 +165,23 @@ def _prepare(example: dict[str, Any], tokenizer) -> dict[str, Any]:
         numbers["weight"] = number("weight", numbers["weight"], "list")
     RankedList(tuple(responses), ranks, **numbers)  # checks them
     if not tokenized:
-        responses = [_token_ids(example, response, tokenizer) for response in responses]
+        responses = _check_ids([_token_ids(example, response, tokenizer) for response in responses])
     return {"response_ids": responses, "ranks": list(ranks), **numbers}
+
+
+def _check_ids(responses: Any) -> list[list[int]]:
+    if not isinstance(responses, list):
+        raise ValueError(f"`response_ids` must be a list, got {kind_of(responses)}")
+    for index, ids in enumerate(responses):
+        if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
+            raise ValueError(f"`response_ids[{index}]` must be a list of at least one token id, got {ids!r:.40}")
+    return responses
 
 
 def _token_ids(example: dict[str, Any], response: Any, tokenizer) -> list[int]:
     prompt = example.get("prompt")
+    if not isinstance(prompt, str | list | None):
+        raise ValueError(f"`prompt` must be a string or a list of chat messages, got {kind_of(prompt)}")
     if isinstance(response, str) and not isinstance(prompt, list):
         eos = "" if response.endswith(tokenizer.eos_token) else tokenizer.eos_token
         return tokenizer((prompt or "") + response + eos)["input_ids"]
