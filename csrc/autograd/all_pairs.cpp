@@ -13,9 +13,7 @@
 namespace rewardfuse::all_pairs {
 namespace {
 
-using lists::Gradients;
-using lists::Totals;
-using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using lists::Tensors4;
 
 const OptionalTensor kNone;
 
@@ -56,7 +54,7 @@ struct Kernel {
 };
 
 // Names the first label that is not finite. Slow: only on the way to an error.
-[[noreturn]] void raise_bad_label(const Inputs& in) {
+[[noreturn]] void raise_bad_label(const Inputs& in, const Problem& /*problem*/) {
   at::Tensor bad = in.labels.isfinite().logical_not();
   if (present(in.lists.mask)) bad = bad.logical_and(*in.lists.mask);
   if (present(in.lists.lengths)) {
@@ -69,58 +67,35 @@ struct Kernel {
                     " at index ", index);
 }
 
+// The number of each list's pairs.
+at::Tensor empty_saved(const lists::Inputs& in) {
+  c10::SymInt count = 1;
+  for (const auto& size : in.shape()) count = count * size;
+  return at::empty_symint({count}, in.scores.options().dtype(at::kDouble));
+}
+
+struct Op {
+  using Kernel = all_pairs::Kernel;
+  static constexpr auto launch_forward = &lists::launch_all_pairs_forward;
+  static constexpr auto launch_backward = &lists::launch_all_pairs_backward;
+  static constexpr auto raise_invalid = &raise_bad_label;
+  static const auto& cpu() { return all_pairs_kernels_cpu(); }
+};
+
 Tensors4 forward(const Inputs& in) {
   check(in);
-  const lists::Results results(in.lists);
-  c10::SymInt count = 1;
-  for (const auto& size : in.lists.shape()) count = count * size;
-  const at::Tensor pairs = at::empty_symint({count}, in.lists.scores.options().dtype(at::kDouble));
-  const Tensors4 out{results.loss, results.list_loss, pairs, results.denominator};
-  if (in.lists.scores.is_meta()) return out;
-  const Kernel kernel(in);
-  if (in.lists.scores.is_cuda()) {
-    lists::launch_all_pairs_forward(kernel.problem, results.cuda(in.lists, pairs.mutable_data_ptr()), in.lists.scores);
-    return out;
-  }
-  const auto& cpu = all_pairs_kernels_cpu();
-  const Totals totals =
-      lists::sum_over_lists(kernel.problem.lists, cpu.scratch_bytes(kernel.problem),
-                            [&](int64_t begin, int64_t end, void* scratch, Totals& range) {
-                              cpu.forward(kernel.problem, begin, end, scratch, results.list_losses(in.lists),
-                                          pairs.mutable_data_ptr<double>(), range);
-                            });
-  if (totals.invalid > 0) raise_bad_label(in);
-  results.write(in.lists, totals);
-  return out;
+  return lists::forward<Op>(in, empty_saved(in.lists));
 }
 
 at::Tensor backward(const Inputs& in, const at::Tensor& grad_output, const at::Tensor& list_loss,
                     const at::Tensor& pairs, const at::Tensor& denominator) {
   check(in);
   lists::check_backward(in.lists, grad_output, list_loss, denominator);
-  TORCH_CHECK_VALUE(pairs.sym_sizes() == list_loss.flatten().sym_sizes() && pairs.scalar_type() == at::kDouble &&
+  const at::Tensor expected = empty_saved(in.lists);
+  TORCH_CHECK_VALUE(pairs.sym_sizes() == expected.sym_sizes() && pairs.scalar_type() == expected.scalar_type() &&
                         pairs.device() == in.lists.scores.device() && pairs.is_contiguous(),
                     "pairs: expected the tensor that forward returned");
-  const at::Tensor gradient =
-      at::empty_symint(in.lists.scores.sym_sizes(), in.lists.scores.options(), at::MemoryFormat::Contiguous);
-  if (in.lists.scores.is_meta()) return gradient;
-  Kernel kernel(in);
-  Gradients out;
-  out.scores = gradient.mutable_data_ptr();
-  out.saved = pairs.const_data_ptr();
-  kernel.view.per_list(out.grad_output, grad_output);
-  lists::set_scale(out, in.lists, list_loss, denominator);
-  if (in.lists.scores.is_cuda()) {
-    lists::launch_all_pairs_backward(kernel.problem, out, in.lists.scores);
-    return gradient;
-  }
-  const auto& cpu = all_pairs_kernels_cpu();
-  const Totals totals = lists::sum_over_lists(kernel.problem.lists, cpu.scratch_bytes(kernel.problem),
-                                              [&](int64_t begin, int64_t end, void* scratch, Totals& range) {
-                                                cpu.backward(kernel.problem, out, begin, end, scratch, range);
-                                              });
-  if (totals.invalid > 0) raise_bad_label(in);
-  return gradient;
+  return lists::backward<Op>(in, grad_output, list_loss, pairs, denominator);
 }
 
 #define RF_INPUTS                        \

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include "autograd/reduction.h"
@@ -116,6 +117,62 @@ struct Results {
 
 // The factor of a list's gradient; on CUDA what the kernel needs to find it.
 void set_scale(Gradients& out, const Inputs& in, const at::Tensor& list_loss, const at::Tensor& denominator);
+
+// The two passes of an op on lists, whose Op has
+//   Kernel(inputs)               .view and .problem: the tensors as its kernels see them
+//   cpu()                        its CpuKernels
+//   launch_forward, launch_backward
+//   raise_invalid(inputs, problem)   names the first value that cannot be; slow, only on the way to an error
+using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// (loss, list_loss, saved, denominator); `saved` comes allocated.
+template <class Op, class OpInputs>
+Tensors4 forward(const OpInputs& in, const at::Tensor& saved) {
+  const at::Tensor& scores = in.lists.scores;
+  const Results results(in.lists);
+  const Tensors4 out{results.loss, results.list_loss, saved, results.denominator};
+  if (scores.is_meta()) return out;
+  const typename Op::Kernel kernel(in);
+  if (scores.is_cuda()) {
+    Op::launch_forward(kernel.problem, results.cuda(in.lists, saved.mutable_data_ptr()), scores);
+    return out;
+  }
+  const auto& cpu = Op::cpu();
+  const Totals totals = sum_over_lists(kernel.problem.lists, cpu.scratch_bytes(kernel.problem),
+                                       [&](int64_t begin, int64_t end, void* scratch, Totals& range) {
+                                         cpu.forward(kernel.problem, begin, end, scratch, results.list_losses(in.lists),
+                                                     saved.mutable_data_ptr(), range);
+                                       });
+  if (totals.invalid > 0) Op::raise_invalid(in, kernel.problem);
+  results.write(in.lists, totals);
+  return out;
+}
+
+// The gradient of the scores.
+template <class Op, class OpInputs>
+at::Tensor backward(const OpInputs& in, const at::Tensor& grad_output, const at::Tensor& list_loss,
+                    const at::Tensor& saved, const at::Tensor& denominator) {
+  const at::Tensor& scores = in.lists.scores;
+  const at::Tensor gradient = at::empty_symint(scores.sym_sizes(), scores.options(), at::MemoryFormat::Contiguous);
+  if (scores.is_meta()) return gradient;
+  typename Op::Kernel kernel(in);
+  Gradients out;
+  out.scores = gradient.mutable_data_ptr();
+  out.saved = saved.const_data_ptr();
+  kernel.view.per_list(out.grad_output, grad_output);
+  set_scale(out, in.lists, list_loss, denominator);
+  if (scores.is_cuda()) {
+    Op::launch_backward(kernel.problem, out, scores);
+    return gradient;
+  }
+  const auto& cpu = Op::cpu();
+  const Totals totals = sum_over_lists(kernel.problem.lists, cpu.scratch_bytes(kernel.problem),
+                                       [&](int64_t begin, int64_t end, void* scratch, Totals& range) {
+                                         cpu.backward(kernel.problem, out, begin, end, scratch, range);
+                                       });
+  if (totals.invalid > 0) Op::raise_invalid(in, kernel.problem);
+  return gradient;
+}
 
 }  // namespace rewardfuse::lists
 

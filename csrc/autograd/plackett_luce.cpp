@@ -12,9 +12,7 @@
 namespace rewardfuse::plackett_luce {
 namespace {
 
-using lists::Gradients;
-using lists::Totals;
-using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using lists::Tensors4;
 
 struct Inputs {
   lists::Inputs lists;
@@ -106,28 +104,17 @@ at::Tensor empty_saved(const lists::Inputs& in) {
   return at::empty_symint({count * chunks(size), 2}, options);
 }
 
+struct Op {
+  using Kernel = plackett_luce::Kernel;
+  static constexpr auto launch_forward = &lists::launch_plackett_luce_forward;
+  static constexpr auto launch_backward = &lists::launch_plackett_luce_backward;
+  static constexpr auto raise_invalid = &raise_bad_order;
+  static const auto& cpu() { return plackett_luce_kernels_cpu(); }
+};
+
 Tensors4 forward(const Inputs& in) {
   check(in);
-  const lists::Results results(in.lists);
-  const at::Tensor saved = empty_saved(in.lists);
-  const Tensors4 out{results.loss, results.list_loss, saved, results.denominator};
-  if (in.lists.scores.is_meta()) return out;
-  const Kernel kernel(in);
-  if (in.lists.scores.is_cuda()) {
-    lists::launch_plackett_luce_forward(kernel.problem, results.cuda(in.lists, saved.mutable_data_ptr()),
-                                        in.lists.scores);
-    return out;
-  }
-  const auto& cpu = plackett_luce_kernels_cpu();
-  const Totals totals =
-      lists::sum_over_lists(kernel.problem.lists, cpu.scratch_bytes(kernel.problem),
-                            [&](int64_t begin, int64_t end, void* scratch, Totals& range) {
-                              cpu.forward(kernel.problem, begin, end, scratch, results.list_losses(in.lists),
-                                          saved.mutable_data_ptr(), range);
-                            });
-  if (totals.invalid > 0) raise_bad_order(in, kernel.problem);
-  results.write(in.lists, totals);
-  return out;
+  return lists::forward<Op>(in, empty_saved(in.lists));
 }
 
 at::Tensor backward(const Inputs& in, const at::Tensor& grad_output, const at::Tensor& list_loss,
@@ -138,26 +125,7 @@ at::Tensor backward(const Inputs& in, const at::Tensor& grad_output, const at::T
   TORCH_CHECK_VALUE(saved.sym_sizes() == expected.sym_sizes() && saved.scalar_type() == expected.scalar_type() &&
                         saved.device() == in.lists.scores.device() && saved.is_contiguous(),
                     "saved: expected the tensor that forward returned");
-  const at::Tensor gradient =
-      at::empty_symint(in.lists.scores.sym_sizes(), in.lists.scores.options(), at::MemoryFormat::Contiguous);
-  if (in.lists.scores.is_meta()) return gradient;
-  Kernel kernel(in);
-  Gradients out;
-  out.scores = gradient.mutable_data_ptr();
-  out.saved = saved.const_data_ptr();
-  kernel.view.per_list(out.grad_output, grad_output);
-  lists::set_scale(out, in.lists, list_loss, denominator);
-  if (in.lists.scores.is_cuda()) {
-    lists::launch_plackett_luce_backward(kernel.problem, out, in.lists.scores);
-    return gradient;
-  }
-  const auto& cpu = plackett_luce_kernels_cpu();
-  const Totals totals = lists::sum_over_lists(kernel.problem.lists, cpu.scratch_bytes(kernel.problem),
-                                              [&](int64_t begin, int64_t end, void* scratch, Totals& range) {
-                                                cpu.backward(kernel.problem, out, begin, end, scratch, range);
-                                              });
-  if (totals.invalid > 0) raise_bad_order(in, kernel.problem);
-  return gradient;
+  return lists::backward<Op>(in, grad_output, list_loss, saved, denominator);
 }
 
 #define RF_INPUTS                                                        \

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/instruction_set.h"
-#include "common/launch.h"
 #include "lists/args.h"
 
 namespace rewardfuse::all_pairs {
@@ -19,19 +18,8 @@ struct Problem {
 
 namespace rewardfuse {
 
-struct AllPairsCpu {
-  int64_t (*scratch_bytes)(const all_pairs::Problem&);  // of a range of lists
-  // Lists [begin, end). `loss` is [count] or null; `pairs` is [count].
-  void (*forward)(const all_pairs::Problem&, int64_t begin, int64_t end, void* scratch, void* loss, double* pairs,
-                  lists::Totals&);
-  void (*backward)(const all_pairs::Problem&, const lists::Gradients&, int64_t begin, int64_t end, void* scratch,
-                   lists::Totals&);
-};
-
-struct AllPairsCuda {
-  void (*forward)(const all_pairs::Problem&, const lists::CudaForward&, const CudaLaunch&);
-  void (*backward)(const all_pairs::Problem&, const lists::Gradients&, const CudaLaunch&);
-};
+using AllPairsCpu = lists::CpuKernels<all_pairs::Problem>;
+using AllPairsCuda = lists::CudaKernels<all_pairs::Problem>;
 
 RF_CPU_VARIANTS(AllPairsCpu, all_pairs_kernels)
 

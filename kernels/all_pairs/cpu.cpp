@@ -137,8 +137,9 @@ void with_items(const Problem& problem, const List& list, void* scratch, F&& f) 
 
 int64_t scratch_bytes(const Problem& problem) { return Items<double>::bytes(problem.lists.size); }
 
-void forward(const Problem& problem, int64_t begin, int64_t end, void* scratch, void* loss, double* pairs,
+void forward(const Problem& problem, int64_t begin, int64_t end, void* scratch, void* loss, void* saved,
              Totals& totals) {
+  double* const pairs = static_cast<double*>(saved);
   const auto& lists = problem.lists;
   with_rewards(lists.dtype, [&](auto acc, auto storage) {
     using T = decltype(acc);

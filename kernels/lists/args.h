@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/host_device.h"
+#include "common/launch.h"
 #include "common/operand.h"
 
 namespace rewardfuse::lists {
@@ -53,6 +54,21 @@ struct CudaForward {
   void* saved = nullptr;          // for backward
   double* denominator = nullptr;  // [] or null
   Operand normalizer;             // number 0: none
+};
+
+// The entry points of an op on lists. `saved` is what its forward leaves for its backward.
+template <class Problem>
+struct CpuKernels {
+  int64_t (*scratch_bytes)(const Problem&);  // of a range of lists
+  // Lists [begin, end); `loss` is [count] in the accumulation type.
+  void (*forward)(const Problem&, int64_t begin, int64_t end, void* scratch, void* loss, void* saved, Totals&);
+  void (*backward)(const Problem&, const Gradients&, int64_t begin, int64_t end, void* scratch, Totals&);
+};
+
+template <class Problem>
+struct CudaKernels {
+  void (*forward)(const Problem&, const CudaForward&, const CudaLaunch&);
+  void (*backward)(const Problem&, const Gradients&, const CudaLaunch&);
 };
 
 }  // namespace rewardfuse::lists

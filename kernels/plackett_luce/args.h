@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/instruction_set.h"
-#include "common/launch.h"
 #include "lists/args.h"
 
 namespace rewardfuse::plackett_luce {
@@ -35,19 +34,8 @@ RF_HD int64_t saved_at(const lists::Lists& lists, int64_t r) {
 
 namespace rewardfuse {
 
-struct PlackettLuceCpu {
-  int64_t (*scratch_bytes)(const plackett_luce::Problem&);  // of a range of lists
-  // Lists [begin, end). `loss` is [count] or null, `saved` the states at the ends of chunks or null.
-  void (*forward)(const plackett_luce::Problem&, int64_t begin, int64_t end, void* scratch, void* loss, void* saved,
-                  lists::Totals&);
-  void (*backward)(const plackett_luce::Problem&, const lists::Gradients&, int64_t begin, int64_t end, void* scratch,
-                   lists::Totals&);
-};
-
-struct PlackettLuceCuda {
-  void (*forward)(const plackett_luce::Problem&, const lists::CudaForward&, const CudaLaunch&);
-  void (*backward)(const plackett_luce::Problem&, const lists::Gradients&, const CudaLaunch&);
-};
+using PlackettLuceCpu = lists::CpuKernels<plackett_luce::Problem>;
+using PlackettLuceCuda = lists::CudaKernels<plackett_luce::Problem>;
 
 RF_CPU_VARIANTS(PlackettLuceCpu, plackett_luce_kernels)
 
