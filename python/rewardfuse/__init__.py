@@ -1,9 +1,14 @@
 """Fused preference likelihoods and KL-penalized rewards for reward modelling."""
 
 from rewardfuse._backend import backend, checks, use_backend
+from rewardfuse.kl_control import AdaptiveKLController, FixedKLController
+from rewardfuse.ops._from_hidden import kl_penalized_rewards_from_hidden, token_logprobs_from_hidden
+from rewardfuse.ops._from_logits import kl_penalized_rewards_from_logits
 from rewardfuse.ops.all_pairs import AllPairsLoss, all_pairs_loss
+from rewardfuse.ops.approx_kl import approx_kl
 from rewardfuse.ops.bradley_terry import BradleyTerryLoss, BradleyTerryStats, bradley_terry_log_prob, bradley_terry_loss
 from rewardfuse.ops.bradley_terry_tie import BradleyTerryTieLoss, bradley_terry_tie_loss
+from rewardfuse.ops.kl_penalized_rewards import KLRewards, KLStats, kl_penalized_rewards
 from rewardfuse.ops.plackett_luce import (
     PlackettLuceLoss,
     plackett_luce_log_prob,
@@ -11,27 +16,41 @@ from rewardfuse.ops.plackett_luce import (
     plackett_luce_loss_packed,
     plackett_luce_sample,
 )
+from rewardfuse.ops.token_logprobs import TokenLogprobs, token_logprobs
+from rewardfuse.whitening import masked_whiten
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveKLController",
     "AllPairsLoss",
     "BradleyTerryLoss",
     "BradleyTerryStats",
     "BradleyTerryTieLoss",
+    "FixedKLController",
+    "KLRewards",
+    "KLStats",
     "PlackettLuceLoss",
     "RewardModel",
+    "TokenLogprobs",
     "__version__",
     "all_pairs_loss",
+    "approx_kl",
     "backend",
     "bradley_terry_log_prob",
     "bradley_terry_loss",
     "bradley_terry_tie_loss",
     "checks",
+    "kl_penalized_rewards",
+    "kl_penalized_rewards_from_hidden",
+    "kl_penalized_rewards_from_logits",
+    "masked_whiten",
     "plackett_luce_log_prob",
     "plackett_luce_loss",
     "plackett_luce_loss_packed",
     "plackett_luce_sample",
+    "token_logprobs",
+    "token_logprobs_from_hidden",
     "use_backend",
 ]
 

@@ -24,10 +24,12 @@ except ImportError as error:
     _native_error = str(error)
 
 BACKENDS = ("native", "triton", "reference")
+#: Ops of which the native backend has no CUDA kernel: Triton alone serves them on a GPU.
+WITHOUT_NATIVE_CUDA = frozenset({"token_logprobs"})
 
 # Plain module-level values, so that Dynamo can guard on them: the wish, the choice per device, value checks.
 _wish: str | None = None
-_chosen: dict[torch.device, Any] = {}
+_chosen: dict[tuple[torch.device, bool], Any] = {}
 _checks: bool = False
 
 
@@ -59,8 +61,10 @@ def triton_missing(device_type: str) -> str | None:
     return f"Triton compiles for GPUs, not for device type {device_type!r} (TRITON_INTERPRET=1 interprets it on CPU)"
 
 
-def missing(name: str, device_type: str) -> str | None:
-    """Why a backend cannot serve a device type; None where it can."""
+def missing(name: str, device_type: str, native_cuda: bool = True) -> str | None:
+    """Why a backend cannot serve a device type, with an op that has native CUDA kernels or not; None where it can."""
+    if name == "native" and device_type == "cuda" and not native_cuda:
+        return "this op has no native CUDA kernel; Triton serves it"
     if name == "native":
         return native_missing(device_type)
     if name == "triton":
@@ -80,21 +84,23 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-def choose(device_type: str) -> str:
-    """Name of the backend that serves a device type now; an explicit wish that cannot be met raises RuntimeError."""
+def choose(device_type: str, native_cuda: bool = True) -> str:
+    """Name of the backend that serves a device type now, with an op that has native CUDA kernels or not; an explicit
+    wish that cannot be met raises RuntimeError."""
     wish = _wish
     if wish is None and os.environ.get("REWARDFUSE_BACKEND"):
         wish = _checked(os.environ["REWARDFUSE_BACKEND"], "REWARDFUSE_BACKEND")
     if wish is not None:
-        reason = missing(wish, device_type)
+        reason = missing(wish, device_type, native_cuda)
         if reason is not None:
             raise RuntimeError(f"backend {wish!r} was asked for but cannot serve {device_type} tensors: {reason}")
         return wish
-    reason = native_missing(device_type)
+    reason = missing("native", device_type, native_cuda)
     if reason is None:
         return "native"
     name = "triton" if device_type == "cuda" and triton_missing(device_type) is None else "reference"
-    if not torch.compiler.is_compiling():
+    as_intended = name == "triton" and not native_cuda
+    if not as_intended and not torch.compiler.is_compiling():
         warnings.warn(
             f"rewardfuse uses its {name} backend for {device_type} tensors: {reason}. See `rewardfuse info`.",
             RuntimeWarning,
@@ -103,20 +109,21 @@ def choose(device_type: str) -> str:
     return name
 
 
-def namespace_for(tensor: torch.Tensor) -> Any:
-    """The backend namespace that serves a tensor's device. The first choice for a device is kept until the wish
-    changes, which is also why a fallback warns once."""
-    namespace = _chosen.get(tensor.device)
+def namespace_for(tensor: torch.Tensor, op: str | None = None) -> Any:
+    """The backend namespace that serves an op on a tensor's device. The first choice for a device is kept until the
+    wish changes, which is also why a fallback warns once."""
+    native_cuda = op not in WITHOUT_NATIVE_CUDA
+    namespace = _chosen.get((tensor.device, native_cuda))
     if namespace is None:
         device_type = tensor.device.type
         # Meta tensors have no data: every backend gives the same shapes, and the reference needs no kernels.
         name = (
             "reference"
             if device_type == "meta" and _C is None
-            else choose("cpu" if device_type == "meta" else device_type)
+            else choose("cpu" if device_type == "meta" else device_type, native_cuda)
         )
         namespace = _namespace(name)
-        _chosen[tensor.device] = namespace
+        _chosen[tensor.device, native_cuda] = namespace
     return torch.ops.rewardfuse if namespace is _C and torch.compiler.is_compiling() else namespace
 
 

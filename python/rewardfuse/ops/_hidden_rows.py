@@ -1,0 +1,220 @@
+"""Log-probs, entropy and exact KL from hidden states, without ever holding batch × vocabulary.
+
+Forward goes over chunks of rows: a matrix product into a buffer of logits, then one row kernel. Backward goes over
+tiles of the vocabulary: the product again, the row kernel's gradient from the saved log-sum-exps, and from that the
+tile's weight gradient, whole, in one product, and a part of the hidden states' gradient, added up in float32. So the
+weight's gradient is accumulated inside one product over all rows, and no accumulator of its size is read and written
+for each chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rewardfuse import _backend
+from rewardfuse.ops._kl_options import EXACT
+from rewardfuse.ops.token_logprobs import Cooling
+
+#: Logits of the buffers together, as a share of all logits of both models, and its bounds in bytes.
+_SHARE, _LEAST_BYTES, _MOST_BYTES = 0.04, 1 << 22, 1 << 30
+
+
+class Head(NamedTuple):
+    """Hidden states and the head that makes logits of them."""
+
+    hidden: Tensor  #: ``[N, H]``
+    weight: Tensor  #: ``[V, H]``
+    bias: Tensor | None  #: ``[V]``
+
+    def logits(self, rows: slice, columns: slice) -> Tensor:
+        """A block of the logits; in float32 where torch's product can give it without rounding to 16 bits first."""
+        hidden, weight = self.hidden[rows], self.weight[columns]
+        if hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16):
+            logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        else:
+            logits = torch.mm(hidden, weight.t())
+        return logits if self.bias is None else logits.add_(self.bias[columns])
+
+
+class Plan(NamedTuple):
+    """Everything of a call that is no tensor with gradients."""
+
+    namespace: Any
+    cooling: Cooling
+    exact: str | None
+    entropy: bool
+    memory_budget: int | None
+    one_head: bool  #: policy and reference share weight and bias (LoRA)
+
+    def chunk(self, whole: int, across: int, policy: Head, buffers: int) -> int:
+        """How many of `whole` rows (or columns) fit the budget, each `across` logits long in each of the buffers."""
+        size = 4 if policy.hidden.is_cuda else policy.hidden.element_size()
+        budget = self.memory_budget
+        if budget is None:
+            budget = min(max(int(_SHARE * whole * across * size), _LEAST_BYTES), _MOST_BYTES)
+        return max(1, min(whole, budget // max(1, across * size * buffers)))
+
+
+class _Saved(NamedTuple):
+    policy_hidden: Tensor
+    policy_weight: Tensor
+    policy_bias: Tensor | None
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
+    ref_bias: Tensor | None
+    tokens: Tensor
+    mask: Tensor | None
+    temperature: Tensor | None
+
+    def policy(self) -> Head:
+        return Head(self.policy_hidden, self.policy_weight, self.policy_bias)
+
+    def ref(self) -> Head | None:
+        return None if self.ref_hidden is None else Head(self.ref_hidden, self.ref_weight, self.ref_bias)
+
+
+def _pick(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+def _logits_of_both(plan: Plan, policy: Head, ref: Head | None, rows: slice) -> tuple[Tensor, Tensor | None]:
+    """Rows of both models' logits. Of one head the weight is read once for both: a chunk is few rows, so reading the
+    weight is a good part of the product's time."""
+    everything = slice(None)
+    if ref is None:
+        return policy.logits(rows, everything), None
+    if not plan.one_head:
+        return policy.logits(rows, everything), ref.logits(rows, everything)
+    both = policy._replace(hidden=torch.cat([policy.hidden[rows], ref.hidden[rows]]))
+    return both.logits(everything, everything).chunk(2)
+
+
+class _FromHidden(torch.autograd.Function):
+    """(logprobs, ref_logprobs, kl, entropy) of N tokens, absent ones of size 0."""
+
+    @staticmethod
+    def forward(ctx, plan: Plan, *tensors: Tensor | None):
+        saved = _Saved(*tensors)
+        results = _forward(plan, saved)
+        ctx.plan = plan
+        ctx.save_for_backward(*saved, *results[2:])
+        ctx.mark_non_differentiable(results[1])
+        ctx.set_materialize_grads(False)
+        return results[:4]
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, _, grad_kl, grad_entropy):
+        if torch.is_grad_enabled():
+            raise NotImplementedError("from hidden states: a second derivative (create_graph=True) is not implemented")
+        plan, tensors = ctx.plan, ctx.saved_tensors
+        count = len(_Saved._fields)
+        grads = (grad_logprobs, grad_kl if plan.exact else None, grad_entropy if plan.entropy else None)
+        nothing = (None,) * (count + 1)
+        needs = ctx.needs_input_grad[1:4]
+        if not any(needs) or all(grad is None for grad in grads):
+            return nothing
+        return None, *_backward(plan, _Saved(*tensors[:count]), tensors[count:], grads, needs), *nothing[4:]
+
+
+def _forward(plan: Plan, saved: _Saved) -> tuple[Tensor, ...]:
+    """(logprobs, ref_logprobs, kl, entropy, lse, ref_lse), ``[N]`` or, absent, ``[0]``."""
+    policy, ref = saved.policy(), saved.ref()
+    count, vocab_size = len(saved.tokens), len(policy.weight)
+    step = plan.chunk(count, vocab_size, policy, 1 if ref is None else 2)
+    cooling, direction = plan.cooling, EXACT.get(plan.exact, 0)
+    parts = []
+    for first in range(0, max(count, 1), step):
+        rows = slice(first, first + step)
+        logits, ref_logits = _logits_of_both(plan, policy, ref, rows)
+        given = (saved.tokens[rows], _pick(saved.mask, rows), _pick(saved.temperature, rows))
+        options = (cooling.temperature_value, cooling.softcap, vocab_size, direction, plan.entropy)
+        parts.append(plan.namespace._token_logprobs_forward(logits, ref_logits, *given, *options))
+        del logits, ref_logits
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _backward(
+    plan: Plan, saved: _Saved, results: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the policy's hidden states, weight and bias, tile by tile of the vocabulary."""
+    policy, exact = saved.policy(), plan.exact is not None
+    ref = saved.ref() if exact and grads[1] is not None else None
+    count, vocab_size = len(saved.tokens), len(policy.weight)
+    step = plan.chunk(vocab_size, count, policy, 2 if ref is None else 3)
+    hidden, weight, bias = (_gradient_like(tensor, need) for tensor, need in zip(policy, needs, strict=True))
+    accumulated = None if hidden is None else hidden.new_zeros(hidden.shape, dtype=_accumulator(hidden.dtype))
+    rows = policy.hidden
+    if weight is not None and saved.mask is not None:
+        rows = rows.masked_fill(~saved.mask.unsqueeze(-1), 0)  # 0 · NaN would be NaN
+    cooling, direction = plan.cooling, EXACT[plan.exact] if ref is not None else 0
+    for first in range(0, vocab_size, step):
+        columns = slice(first, min(first + step, vocab_size))
+        logits = policy.logits(slice(None), columns)
+        ref_logits = None if ref is None else ref.logits(slice(None), columns)
+        given = (saved.tokens - first, saved.mask, saved.temperature, *results)
+        options = (cooling.temperature_value, cooling.softcap, logits.shape[-1], direction)
+        slope = plan.namespace._token_logprobs_backward(
+            grads[0], grads[1] if ref is not None else None, grads[2], logits, ref_logits, *given, *options
+        ).to(rows.dtype)
+        del logits, ref_logits
+        if accumulated is not None:
+            accumulated += _product(slope, policy.weight[columns])
+        if weight is not None:
+            torch.mm(slope.t(), rows, out=weight[columns])
+        if bias is not None:
+            bias[columns] = slope.sum(0, dtype=_accumulator(slope.dtype))
+    return None if hidden is None else accumulated.to(hidden.dtype), weight, bias
+
+
+def _gradient_like(tensor: Tensor | None, needed: bool) -> Tensor | None:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed and tensor is not None else None
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a·b, in float32 where torch can give it without rounding to 16 bits first."""
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)
+
+
+def from_hidden(
+    policy: Head,
+    ref: Head | None,
+    tokens: Tensor,
+    mask: Tensor | None,
+    cooling: Cooling,
+    exact: str | None,
+    entropy: bool,
+    memory_budget: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, ref_logprobs, kl, entropy) of the tokens' shape, absent ones of size 0; arguments are checked."""
+    shape = tokens.shape
+    cooling = cooling.beside(tokens)
+    temperature = None if cooling.temperature is None else cooling.temperature.reshape(-1)
+    namespace = _backend.namespace_for(policy.hidden, "token_logprobs")
+    one_head = ref is not None and ref.weight is policy.weight and ref.bias is policy.bias
+    plan = Plan(namespace, cooling._replace(temperature=None), exact, entropy, memory_budget, one_head)
+    policy = _flat(policy)
+    heads = (*policy, None, None, None)
+    if ref is not None:
+        ref = _flat(Head(ref.hidden, policy.weight, policy.bias) if one_head else ref)
+        heads = (*policy, *(None if t is None else t.detach() for t in ref))
+    given = (tokens.reshape(-1), None if mask is None else mask.reshape(-1), temperature)
+    results = _FromHidden.apply(plan, *heads, *given)
+    return tuple(result.reshape(shape) if result.numel() == shape.numel() else result for result in results)
+
+
+def _flat(head: Head) -> Head:
+    """With hidden states ``[N, H]``, and everything in autocast's dtype where that is on, as a linear layer would."""
+    device = head.hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        head = Head(*(t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in head))
+    return head._replace(hidden=head.hidden.reshape(-1, head.hidden.shape[-1]))
