@@ -18,8 +18,8 @@ from rewardfuse import _backend
 from rewardfuse.ops._kl_options import EXACT
 from rewardfuse.ops.token_logprobs import Cooling
 
-#: Logits of the buffers together, as a share of all logits of both models, and its bounds in bytes.
-_SHARE, _LEAST_BYTES, _MOST_BYTES = 0.04, 1 << 22, 1 << 30
+#: Bytes of the buffers together: a share of one model's logits in the states' dtype, less on a GPU, and its bounds.
+_SHARE, _SHARE_CUDA, _LEAST_BYTES, _MOST_BYTES = 0.09, 0.045, 1 << 22, 1 << 30
 
 
 class Head(NamedTuple):
@@ -50,12 +50,16 @@ class Plan(NamedTuple):
     one_head: bool  #: policy and reference share weight and bias (LoRA)
 
     def chunk(self, whole: int, across: int, policy: Head, buffers: int) -> int:
-        """How many of `whole` rows (or columns) fit the budget, each `across` logits long in each of the buffers."""
-        size = 4 if policy.hidden.is_cuda else policy.hidden.element_size()
+        """How many of `whole` rows (or columns) fit the budget, each `across` logits long in each of the buffers; a
+        multiple of 16, which products like, where that many fit."""
+        hidden = policy.hidden
         budget = self.memory_budget
         if budget is None:
-            budget = min(max(int(_SHARE * whole * across * size), _LEAST_BYTES), _MOST_BYTES)
-        return max(1, min(whole, budget // max(1, across * size * buffers)))
+            share = _SHARE_CUDA if hidden.is_cuda else _SHARE
+            budget = min(max(int(share * whole * across * hidden.element_size()), _LEAST_BYTES), _MOST_BYTES)
+        size = max(4, hidden.element_size()) if hidden.is_cuda else hidden.element_size()
+        fits = budget // max(1, across * size * buffers)
+        return max(1, min(whole, fits - fits % 16 if fits >= 16 else fits))
 
 
 class _Saved(NamedTuple):

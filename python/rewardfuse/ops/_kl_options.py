@@ -74,7 +74,7 @@ class Shaping(NamedTuple):
     score_low: float
     score_high: float
     one_past: bool
-    ended: Tensor | None
+    ended: Tensor | None  #: None also where there is no penalty
     missing_eos_penalty: float
     replace: bool
     whiten: bool
@@ -115,7 +115,7 @@ class Shaping(NamedTuple):
             scores,
             *bounds("score_clip", score_clip),
             terminal == "one_past",
-            ended,
+            None if missing_eos_penalty is None else ended,
             _penalty(missing_eos_penalty, ended),
             missing_eos == "replace",
             whiten_rewards,
@@ -125,13 +125,12 @@ class Shaping(NamedTuple):
 
     def arguments(self, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None) -> tuple[object, ...]:
         """What a backend's ``kl_penalized_rewards`` takes."""
-        penalized = self.missing_eos_penalty != 0
         return (
             logprobs,
             ref_logprobs,
             mask,
             self.scores,
-            self.ended if penalized else None,
+            self.ended,
             self.kl_coef,
             self.kl_coef_value,
             self.missing_eos_penalty,

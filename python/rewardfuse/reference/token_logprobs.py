@@ -79,12 +79,12 @@ def _token_logprobs_forward(
         return options.select(torch.where(known, logp.gather(-1, index).squeeze(-1), torch.nan)), options.select(lse)
 
     logp, lse = _log_softmax(options.scores(logits))
-    absent = logp.new_empty(0)
     logprobs, saved_lse = taken(logp, lse)
-    probs = logp.exp() if entropy or direction == REVERSE else absent
-    of_policy = options.select(-_expectation(probs, logp)) if entropy else absent
+    probs = logp.exp() if entropy or direction == REVERSE else None
+    of_policy = options.select(-_expectation(probs, logp)) if entropy else logp.new_empty(0)
     if ref_logits is None:
-        return logprobs, absent, absent, of_policy, saved_lse, absent
+        ref_logprobs, kl, ref_lse = (logp.new_empty(0) for _ in range(3))
+        return logprobs, ref_logprobs, kl, of_policy, saved_lse, ref_lse
     logq, ref_lse = _log_softmax(options.scores(ref_logits))
     ref_logprobs, saved_ref_lse = taken(logq, ref_lse)
     kl = _expectation(probs, logp - logq) if direction == REVERSE else _expectation(logq.exp(), logq - logp)
