@@ -11,7 +11,7 @@ from rewardfuse.ops import _checks
 from rewardfuse.ops._from_logits import rewards_of, shaping_of
 from rewardfuse.ops._hidden_rows import Head, from_hidden
 from rewardfuse.ops.kl_penalized_rewards import KLRewards, check_shaping
-from rewardfuse.ops.token_logprobs import Cooling, TokenLogprobs, check_tokens, check_values
+from rewardfuse.ops.token_logprobs import Cooling, TokenLogprobs, check_tokens, check_values, widened
 
 
 def token_logprobs_from_hidden(
@@ -192,4 +192,4 @@ def _check_rows(
     temperature = cooling.beside(tokens).temperature
     check_tokens(tokens, name, head.hidden, mask, temperature)
     if _checks.values_are_checked(tokens):
-        check_values(tokens, mask, temperature, head.weight.shape[0])
+        check_values(widened(tokens), mask, temperature, head.weight.shape[0])

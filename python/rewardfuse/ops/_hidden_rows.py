@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rewardfuse import _backend
 from rewardfuse.ops._kl_options import EXACT
-from rewardfuse.ops.token_logprobs import Cooling
+from rewardfuse.ops.token_logprobs import Cooling, widened
 
 #: Bytes of the buffers together: a share of one model's logits in the states' dtype, less on a GPU, and its bounds.
 _SHARE, _SHARE_CUDA, _LEAST_BYTES, _MOST_BYTES = 0.09, 0.045, 1 << 22, 1 << 30
@@ -210,7 +210,7 @@ def from_hidden(
     if ref is not None:
         ref = _flat(Head(ref.hidden, policy.weight, policy.bias) if one_head else ref)
         heads = (*policy, *(None if t is None else t.detach() for t in ref))
-    given = (tokens.reshape(-1), None if mask is None else mask.reshape(-1), temperature)
+    given = (widened(tokens).reshape(-1), None if mask is None else mask.reshape(-1), temperature)
     results = _FromHidden.apply(plan, *heads, *given)
     return tuple(result.reshape(shape) if result.numel() == shape.numel() else result for result in results)
 

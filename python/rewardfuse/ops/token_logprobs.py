@@ -126,6 +126,7 @@ def vocabulary_rows(
         vocab_size = logits.shape[-1] if logits.dim() else 0
     elif isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
         raise TypeError(f"vocab_size: expected an int, got {type(vocab_size).__name__}")
+    tokens = widened(tokens)
     cooling = cooling.beside(tokens)
     namespace = _backend.namespace_for(logits, "token_logprobs")
     ref_logits = None if ref_logits is None else ref_logits.detach()
@@ -135,6 +136,12 @@ def vocabulary_rows(
     elif _backend.checks_enabled() and not torch.compiler.is_compiling():
         check_values(tokens, mask, cooling.temperature, vocab_size)
     return namespace.token_logprobs(*arguments)
+
+
+def widened(tokens: Tensor) -> Tensor:
+    """Integer tokens as int64: a narrow type could not hold the vocabulary's size that they are compared with."""
+    narrow = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype in (torch.bool, torch.int64))
+    return tokens.long() if narrow else tokens
 
 
 def _check(

@@ -46,10 +46,18 @@ class _Options(NamedTuple):
 
 
 def _log_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-probs ``[*, V]``, log-sum-exp ``[*]``), NaN where the latter is not finite."""
-    lse = scores.logsumexp(-1)
-    lse = torch.where(lse.isfinite(), lse, torch.nan)
-    return scores - lse.unsqueeze(-1), lse
+    """(log-probs ``[*, V]``, log-sum-exp ``[*]``), NaN where the latter is not finite. In float32 the log-sum-exp would
+    lose what log-probs of logits far from 0 need."""
+    largest = scores.amax(-1, keepdim=True)
+    total = (scores - largest).exp().sum(-1, dtype=torch.float64)
+    return scores.log_softmax(-1), largest.squeeze(-1).double() + total.log()
+
+
+def _minus(scores: Tensor, lse: Tensor) -> Tensor:
+    """Scores ``[*, V]`` minus float64 ``[*]``, in the scores' type without rounding the latter to it."""
+    high = lse.to(scores.dtype)
+    low = (lse - high).to(scores.dtype)
+    return (scores - high.unsqueeze(-1)) - low.unsqueeze(-1)
 
 
 def _expectation(probs: Tensor, values: Tensor) -> Tensor:
@@ -69,7 +77,7 @@ def _token_logprobs_forward(
     direction: int,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprobs, ref_logprobs, kl, entropy, log-sum-exps of both), ``[*]`` or, absent, ``[0]``."""
+    """(logprobs, ref_logprobs, kl, entropy, log-sum-exps of both in float64), ``[*]`` or, absent, ``[0]``."""
     options = _Options(mask, temperature, temperature_value, softcap, vocab_size)
     known = (tokens >= 0) & (tokens < vocab_size)
     index = torch.where(known, tokens, 0).long().unsqueeze(-1)
@@ -112,7 +120,7 @@ def _token_logprobs_backward(
     """The gradient of the logits. Of rows wider than these logits too: `lse` is theirs, and a token elsewhere is none
     of these."""
     options = _Options(mask, temperature, temperature_value, softcap, vocab_size)
-    logp = options.scores(logits) - lse.unsqueeze(-1)
+    logp = _minus(options.scores(logits), lse)
     probs = logp.exp()
     slope = torch.zeros_like(logp)
     if grad_logprobs is not None:
@@ -123,7 +131,7 @@ def _token_logprobs_backward(
         inner = torch.where(probs == 0, 0, probs * (logp + entropy.unsqueeze(-1)))
         slope = slope - inner * _column(grad_entropy, logp)
     if grad_kl is not None:
-        logq = options.scores(ref_logits) - ref_lse.unsqueeze(-1)
+        logq = _minus(options.scores(ref_logits), ref_lse)
         if direction == REVERSE:
             inner = torch.where(probs == 0, 0, probs * ((logp - logq) - kl.unsqueeze(-1)))
         else:
