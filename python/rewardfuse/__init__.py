@@ -1,5 +1,6 @@
 """Fused preference likelihoods and KL-penalized rewards for reward modelling."""
 
+from rewardfuse import presets
 from rewardfuse._backend import backend, checks, use_backend
 from rewardfuse.kl_control import AdaptiveKLController, FixedKLController
 from rewardfuse.ops._from_hidden import kl_penalized_rewards_from_hidden, token_logprobs_from_hidden
@@ -49,6 +50,7 @@ __all__ = [
     "plackett_luce_loss",
     "plackett_luce_loss_packed",
     "plackett_luce_sample",
+    "presets",
     "token_logprobs",
     "token_logprobs_from_hidden",
     "use_backend",
