@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rewardfuse.ops import _checks
-from rewardfuse.ops._from_logits import rewards_of, shaping_of
+from rewardfuse.ops._from_logits import check_row, rewards_of, shaping_of
 from rewardfuse.ops._hidden_rows import Head, from_hidden
 from rewardfuse.ops.kl_penalized_rewards import KLRewards, check_shaping
 from rewardfuse.ops.token_logprobs import Cooling, TokenLogprobs, check_tokens, check_values, widened
@@ -123,6 +123,7 @@ def kl_penalized_rewards_from_hidden(
     ref = _head("ref_", ref_hidden, ref_weight, ref_bias)
     _check_both(policy, ref)
     _check_rows("policy_hidden", policy, tokens, mask, cooling, memory_budget)
+    check_row(tokens)
     check_shaping(shaping, "tokens", tokens)
     if exact is not None:
         results = from_hidden(policy, ref, tokens, mask, cooling, exact, return_entropy, memory_budget)

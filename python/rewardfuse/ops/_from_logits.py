@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewardfuse.ops import _checks
 from rewardfuse.ops._kl_options import EXACT, Estimator, Shaping
 from rewardfuse.ops.kl_penalized_rewards import KLRewards, check_shaping, shape_rewards
-from rewardfuse.ops.token_logprobs import Cooling, vocabulary_rows
+from rewardfuse.ops.token_logprobs import Cooling, check_tokens, vocabulary_rows
 
 
 def kl_penalized_rewards_from_logits(
@@ -70,8 +71,8 @@ def kl_penalized_rewards_from_logits(
     """
     exact, shaping = shaping_of(estimator, gradient_estimator, input_clamp, output_clamp, kl_coef, options)
     cooling = Cooling.of(temperature, logit_softcap)
-    if isinstance(tokens, Tensor):
-        check_shaping(shaping, "tokens", tokens)
+    _check_models(policy_logits, ref_logits, tokens, mask, cooling)
+    check_shaping(shaping, "tokens", tokens)
     shared = (tokens, mask, cooling, vocab_size)
     if exact is not None:
         logprobs, ref_logprobs, kl, entropy = vocabulary_rows(policy_logits, ref_logits, *shared, exact, return_entropy)
@@ -83,6 +84,30 @@ def kl_penalized_rewards_from_logits(
     return rewards_of(shaping, logprobs, ref_logprobs, kl, entropy if return_entropy else None, mask)
 
 
+def _check_models(
+    policy_logits: Tensor, ref_logits: Tensor, tokens: Tensor, mask: Tensor | None, cooling: Cooling
+) -> None:
+    """Before any work, and by the names that the caller used; what is left, the backend checks."""
+    _checks.check_tensors(policy_logits=policy_logits, ref_logits=ref_logits, tokens=tokens)
+    _checks.check_options(mask)
+    _checks.check_rewards("policy_logits", policy_logits)
+    if policy_logits.dim() == 0:
+        raise ValueError("policy_logits: expected a tensor [*, T, V], got a 0-d tensor")
+    _checks.check_like("ref_logits", ref_logits, "policy_logits", policy_logits)
+    if ref_logits.dtype is not policy_logits.dtype:
+        raise TypeError(
+            f"ref_logits: expected the dtype of policy_logits, {policy_logits.dtype}, got {ref_logits.dtype}"
+        )
+    check_tokens(tokens, "policy_logits", policy_logits, mask, cooling.beside(tokens).temperature)
+    check_row(tokens)
+
+
+def check_row(tokens: Tensor) -> None:
+    """Rewards are of rows of tokens."""
+    if tokens.dim() == 0:
+        raise ValueError("tokens: expected a tensor [*, T], got a 0-d tensor")
+
+
 def shaping_of(
     estimator: str,
     gradient_estimator: str | None,
@@ -92,6 +117,10 @@ def shaping_of(
     options: dict[str, Any],
 ) -> tuple[str | None, Shaping]:
     """(the exact KL that was asked for or None, how rewards are made of the KL)."""
+    known = Shaping.of.__kwdefaults__
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{name}: expected an option of kl_penalized_rewards: {', '.join(known)}")
     if not isinstance(estimator, str) or estimator not in EXACT:
         try:
             chosen = Estimator.of(estimator, gradient_estimator, input_clamp, output_clamp)

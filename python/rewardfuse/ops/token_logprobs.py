@@ -124,6 +124,8 @@ def vocabulary_rows(
     _checks.check_options(mask)
     if vocab_size is None:
         vocab_size = logits.shape[-1] if logits.dim() else 0
+        if logits.dim() and vocab_size == 0:
+            raise ValueError(f"logits: expected at least one logit a row, got {list(logits.shape)}")
     elif isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
         raise TypeError(f"vocab_size: expected an int, got {type(vocab_size).__name__}")
     tokens = widened(tokens)
