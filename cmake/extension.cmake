@@ -1,8 +1,9 @@
 # The Python module rewardfuse._C. Sources are listed by name: a new op adds its lines here.
 
-set(ops all_pairs bradley_terry bradley_terry_tie plackett_luce)
-list(TRANSFORM ops REPLACE "(.+)" "kernels/\\1/cpu.cpp" OUTPUT_VARIABLE cpu_kernels)
-list(TRANSFORM ops REPLACE "(.+)" "kernels/\\1/cuda.cu" OUTPUT_VARIABLE cuda_kernels)
+set(cuda_ops all_pairs bradley_terry bradley_terry_tie plackett_luce)
+set(cpu_ops ${cuda_ops} token_logprobs)  # on a GPU Triton alone serves the last
+list(TRANSFORM cpu_ops REPLACE "(.+)" "kernels/\\1/cpu.cpp" OUTPUT_VARIABLE cpu_kernels)
+list(TRANSFORM cuda_ops REPLACE "(.+)" "kernels/\\1/cuda.cu" OUTPUT_VARIABLE cuda_kernels)
 set(host_sources
     csrc/bindings.cpp
     csrc/autograd/all_pairs.cpp
@@ -13,6 +14,7 @@ set(host_sources
     csrc/autograd/pairwise.cpp
     csrc/autograd/pairwise_cuda.cpp
     csrc/autograd/plackett_luce.cpp
+    csrc/autograd/token_logprobs.cpp
     csrc/common/instruction_set.cpp)
 
 if(NOT CMAKE_BUILD_TYPE)

@@ -13,6 +13,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("bradley_terry_loss", &rewardfuse::bradley_terry_loss, no_gil());
   m.def("bradley_terry_tie_loss", &rewardfuse::bradley_terry_tie_loss, no_gil());
   m.def("plackett_luce_loss", &rewardfuse::plackett_luce_loss, no_gil());
+  m.def("token_logprobs", &rewardfuse::token_logprobs_op, no_gil());
+  m.def("_token_logprobs_forward", &rewardfuse::token_logprobs_forward, no_gil());
+  m.def("_token_logprobs_backward", &rewardfuse::token_logprobs_backward, no_gil());
 
   m.attr("torch_version") = REWARDFUSE_TORCH_VERSION;
   m.attr("has_cuda") = static_cast<bool>(REWARDFUSE_WITH_CUDA);

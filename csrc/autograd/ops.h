@@ -36,4 +36,27 @@ at::Tensor all_pairs_loss(const at::Tensor& scores, const at::Tensor& labels, co
                           const OptionalTensor& normalizer, double margin_value, double weight_value,
                           double normalizer_value, int64_t reduction);
 
+// logprobs, ref_logprobs, kl, entropy by row, [*] or, where there is none, [0]; forward also gives the log-sum-exps of
+// both models. direction: of kernels/token_logprobs/args.h; softcap 0: none.
+using TokenLogprobsAndKl = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using TokenLogprobsSaved = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+TokenLogprobsAndKl token_logprobs_op(const at::Tensor& logits, const OptionalTensor& ref_logits,
+                                     const at::Tensor& tokens, const OptionalTensor& mask,
+                                     const OptionalTensor& temperature, double temperature_value, double softcap,
+                                     c10::SymInt vocab_size, int64_t direction, bool entropy);
+
+TokenLogprobsSaved token_logprobs_forward(const at::Tensor& logits, const OptionalTensor& ref_logits,
+                                          const at::Tensor& tokens, const OptionalTensor& mask,
+                                          const OptionalTensor& temperature, double temperature_value, double softcap,
+                                          c10::SymInt vocab_size, int64_t direction, bool entropy);
+
+// The gradient of the logits, which may be some columns of those that `lse` is of.
+at::Tensor token_logprobs_backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_kl,
+                                   const OptionalTensor& grad_entropy, const at::Tensor& logits,
+                                   const OptionalTensor& ref_logits, const at::Tensor& tokens,
+                                   const OptionalTensor& mask, const OptionalTensor& temperature, const at::Tensor& kl,
+                                   const at::Tensor& entropy, const at::Tensor& lse, const at::Tensor& ref_lse,
+                                   double temperature_value, double softcap, c10::SymInt vocab_size, int64_t direction);
+
 }  // namespace rewardfuse

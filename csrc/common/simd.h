@@ -116,6 +116,23 @@ RF_HD V at_least(V x, lane_t<V> floor) {  // NaN stays
 #endif
 }
 
+// 2^f on 0 ≤ f ≤ 1: in float32 the polynomial of least relative error (8.3e-8) that is 1 at 0; in float64 the Taylor
+// series at ½, in f − ½.
+template <class T>
+struct Exp2Coefficients {
+  static constexpr T origin = T(0.5);
+  T terms[15];
+  constexpr Exp2Coefficients() : terms{} {
+    T term = T(1.41421356237309504880);
+    for (int k = 0; k < 15; term *= T(0.69314718055994530942) / ++k) terms[k] = term;
+  }
+};
+template <>
+struct Exp2Coefficients<float> {
+  static constexpr float origin = 0;
+  float terms[6] = {1, 0.6931513f, 0.2401646f, 0.055799514f, 0.009017481f, 0.0018669526f};
+};
+
 // x = n·ln 2 + r with |r| ≤ ln 2 / 2; expm1(r) by a polynomial.
 template <class V>
 struct ExpParts {
@@ -155,6 +172,39 @@ RF_HD V exp_nonpositive(V x) {
   // 2^n in two factors, so that subnormal results come out.
   const auto n = parts.exponent(), half = n >> 1;
   return mantissa * parts.power_of_two(half) * parts.power_of_two(n - half);
+#endif
+}
+
+// 2^x for any x, in half of exp_nonpositive's instructions: relatively right to 2.1e-7 in float32. −inf gives 0; below
+// −126 (float64: −1022) the result is subnormal or 0; from 128 (1024) on it is at least 2^127 (2^1023).
+template <class V, class = decltype(V{}[0])>
+RF_HD V exp2_any(V x) {
+  using T = lane_t<V>;
+  constexpr bool f32 = sizeof(T) == 4;
+  constexpr Exp2Coefficients<T> series;
+  constexpr int degree = sizeof(series.terms) / sizeof(T) - 1;
+#ifdef __AVX512F__
+  constexpr int floor = 9;  // x − ⌊x⌋, no exception
+  V f;
+  if constexpr (f32) f = (V)_mm512_reduce_ps((__m512)x, floor);
+  if constexpr (!f32) f = (V)_mm512_reduce_pd((__m512d)x, floor);
+#else
+  constexpr T highest = f32 ? 127 : 1023;
+  const V bounded = x > highest ? broadcast<T>(highest) : x;
+  const V shifted = (bounded - T(0.5)) + ExpParts<V>::round_to_int;
+  const V f = bounded - (shifted - ExpParts<V>::round_to_int);
+#endif
+  // Horner's rule: the fewest instructions. Nothing here waits for its latency.
+  const V r = f - series.origin;
+  V mantissa = broadcast<T>(series.terms[degree]);
+  for (int k = degree - 1; k >= 0; --k) mantissa = mantissa * r + series.terms[k];
+#ifdef __AVX512F__
+  if constexpr (f32) return (V)_mm512_scalef_ps((__m512)mantissa, (__m512)x);  // by 2^⌊x⌋
+  if constexpr (!f32) return (V)_mm512_scalef_pd((__m512d)mantissa, (__m512d)x);
+#else
+  const auto n = (typename Lanes<T>::Mask)shifted - (typename Lanes<T>::Mask)broadcast<T>(ExpParts<V>::round_to_int);
+  const V result = mantissa * ExpParts<V>::power_of_two(n);
+  return x < (f32 ? T(-126) : T(-1022)) ? V{} : result;
 #endif
 }
 

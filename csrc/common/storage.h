@@ -41,6 +41,9 @@ template <class S, int lanes>
 RF_HD typename Packed<float, lanes>::type widen_16_bit(typename Packed<uint16_t, lanes>::type raw) {
   using Float = typename Packed<float, lanes>::type;
   using Bits = typename Packed<uint32_t, lanes>::type;
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<S, Half> && lanes == 16) return (Float)_mm512_cvtph_ps((__m256i)raw);
+#endif
   const Bits bits = __builtin_convertvector(raw, Bits);
   if constexpr (std::is_same_v<S, BFloat16>) {
     return (Float)(bits << 16);
@@ -57,6 +60,11 @@ template <class S, int lanes>
 RF_HD typename Packed<uint16_t, lanes>::type narrow_16_bit(typename Packed<float, lanes>::type x) {
   using Float = typename Packed<float, lanes>::type;
   using Bits = typename Packed<uint32_t, lanes>::type;
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<S, Half> && lanes == 16) {
+    return (typename Packed<uint16_t, lanes>::type)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  }
+#endif
   const Bits bits = (Bits)x, size = bits & 0x7fffffffu;
   Bits out;
   if constexpr (std::is_same_v<S, BFloat16>) {
