@@ -10,6 +10,7 @@ PYBIND11_MODULE(_C, m) {
   // As torch's own functions, ops let other Python threads run.
   using no_gil = py::call_guard<py::gil_scoped_release>;
   m.def("all_pairs_loss", &rewardfuse::all_pairs_loss, no_gil());
+  m.def("approx_kl", &rewardfuse::approx_kl, no_gil());
   m.def("bradley_terry_loss", &rewardfuse::bradley_terry_loss, no_gil());
   m.def("bradley_terry_tie_loss", &rewardfuse::bradley_terry_tie_loss, no_gil());
   m.def("plackett_luce_loss", &rewardfuse::plackett_luce_loss, no_gil());

@@ -23,6 +23,12 @@ at::Tensor bradley_terry_tie_loss(const at::Tensor& first, const at::Tensor& sec
                                   double log_tie_value, double weight_value, double normalizer_value, int64_t model,
                                   int64_t reduction);
 
+// Codes of estimators: KlEstimator of kernels/approx_kl/math.h.
+at::Tensor approx_kl(const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
+                     const OptionalTensor& importance_weight, const OptionalTensor& mask,
+                     double importance_weight_value, int64_t estimator, int64_t gradient_estimator, double input_low,
+                     double input_high, double output_low, double output_high);
+
 // order and the rest by item, [*, N] or packed [total]; position_weight and item_weight: u and v of
 // kernels/plackett_luce/args.h.
 at::Tensor plackett_luce_loss(const at::Tensor& scores, const OptionalTensor& order, const OptionalTensor& cu_seqlens,

@@ -50,7 +50,7 @@ void describe(const Inputs& in, Problem& problem, PlaneLayout& layout) {
   layout.add(problem.weight, in.weight, in.numbers[1]);
   layout.add(problem.q, in.q, in.numbers[2]);
   layout.add(problem.mask, in.mask, 1);
-  for (int i = 0; i < 3; ++i) problem.options[i] = in.options()[i];
+  std::copy(in.options().begin(), in.options().end(), problem.options);
 }
 
 }  // namespace

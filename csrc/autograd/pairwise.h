@@ -24,7 +24,7 @@ struct Names {
 };
 
 // The number that stands for p, weight, q where there is no tensor, the normalizer (0: none), and the model's options.
-using Numbers = std::array<double, 7>;
+using Numbers = std::array<double, 4 + kOptions>;
 
 struct Inputs {
   const at::Tensor& a;               // [*] rewards
@@ -38,7 +38,8 @@ struct Inputs {
   Reduction reduction;
 
   at::ArrayRef<double> options() const {
-    TORCH_CHECK_VALUE(numbers.size() == Numbers{}.size(), "numbers: expected 7 of them, got ", numbers.size());
+    TORCH_CHECK_VALUE(numbers.size() > 6 && numbers.size() <= Numbers{}.size(), "numbers: expected 7 to ",
+                      Numbers{}.size(), " of them, got ", numbers.size());
     return numbers.slice(4);
   }
   bool has_normalizer() const { return rewardfuse::has_normalizer(normalizer, numbers[3]); }

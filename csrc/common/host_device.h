@@ -25,7 +25,7 @@ namespace rewardfuse::REWARDFUSE_TARGET {
 RF_HD float exp_nonpositive(float x) { return expf(x); }
 RF_HD double exp_nonpositive(double x) { return exp(x); }
 
-// exp(x) − 1 for x ≤ 0, relatively accurate up to x = 0.
+// exp(x) − 1 for x ≤ 0, and as far as 80; relatively accurate around x = 0.
 RF_HD float expm1_nonpositive(float x) { return expm1f(x); }
 RF_HD double expm1_nonpositive(double x) { return expm1(x); }
 

@@ -1,9 +1,9 @@
-// What every kernel on pairs of rewards is told: bradley_terry (chosen, rejected) and bradley_terry_tie (first,
-// second).
+// What every kernel on pairs of numbers is told: bradley_terry (chosen, rejected), bradley_terry_tie (first, second)
+// and approx_kl (the log-probabilities of policy and reference).
 //
-// A model of a pair has rewards a and b, one parameter p that may want a gradient (margin, log_tie) and one observation
-// q (target, outcome). Its kernels here are the two skeletons of cpu.h and cuda.cuh around the scalar maths of the op's
-// own math.h, so that masks, weights, strides, dtypes and reductions are written once.
+// A model of a pair has rewards a and b, one parameter p that may want a gradient (margin, log_tie, importance_weight)
+// and one observation q (target, outcome). Its kernels here are the two skeletons of cpu.h and cuda.cuh around the
+// scalar maths of the op's own math.h, so that masks, weights, strides, dtypes and reductions are written once.
 #pragma once
 
 #include "common/host_device.h"
@@ -12,6 +12,8 @@
 
 namespace rewardfuse::pairwise {
 
+constexpr int kOptions = 6;
+
 struct Problem {
   Plane plane;
   DType dtype = DType::kFloat32;  // of a and b
@@ -19,7 +21,7 @@ struct Problem {
   Operand p, q;                   // [items], a repeated tensor, or a number
   Operand weight;                 // likewise; a pair of weight 0 is read by nobody
   Operand mask;                   // likewise, boolean; a masked pair is not even counted
-  double options[3] = {0, 0, 0};  // the model's own numbers
+  double options[kOptions] = {};  // the model's own numbers
   bool wants_stats = false;       // fill Totals::correct … b
 };
 

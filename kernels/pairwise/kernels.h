@@ -20,9 +20,10 @@ struct PairKernelsCuda {
 RF_CPU_VARIANTS(PairKernelsCpu, bradley_terry)
 RF_CPU_VARIANTS(PairKernelsCpu, rao_kupper)
 RF_CPU_VARIANTS(PairKernelsCpu, davidson)
+RF_CPU_VARIANTS(PairKernelsCpu, approx_kl)
 
 namespace cuda {
-extern const PairKernelsCuda bradley_terry, rao_kupper, davidson;
+extern const PairKernelsCuda bradley_terry, rao_kupper, davidson, approx_kl;
 }
 
 }  // namespace rewardfuse
