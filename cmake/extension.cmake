@@ -1,6 +1,6 @@
 # The Python module rewardfuse._C. Sources are listed by name: a new op adds its lines here.
 
-set(cuda_ops all_pairs approx_kl bradley_terry bradley_terry_tie plackett_luce)
+set(cuda_ops all_pairs approx_kl bradley_terry bradley_terry_tie kl_penalized_rewards plackett_luce)
 set(cpu_ops ${cuda_ops} token_logprobs)  # on a GPU Triton alone serves the last
 list(TRANSFORM cpu_ops REPLACE "(.+)" "kernels/\\1/cpu.cpp" OUTPUT_VARIABLE cpu_kernels)
 list(TRANSFORM cuda_ops REPLACE "(.+)" "kernels/\\1/cuda.cu" OUTPUT_VARIABLE cuda_kernels)
@@ -10,6 +10,8 @@ set(host_sources
     csrc/autograd/approx_kl.cpp
     csrc/autograd/bradley_terry.cpp
     csrc/autograd/bradley_terry_tie.cpp
+    csrc/autograd/kl_penalized_rewards.cpp
+    csrc/autograd/kl_penalized_rewards_cuda.cpp
     csrc/autograd/lists.cpp
     csrc/autograd/lists_cuda.cpp
     csrc/autograd/pairwise.cpp

@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("approx_kl", &rewardfuse::approx_kl, no_gil());
   m.def("bradley_terry_loss", &rewardfuse::bradley_terry_loss, no_gil());
   m.def("bradley_terry_tie_loss", &rewardfuse::bradley_terry_tie_loss, no_gil());
+  m.def("kl_penalized_rewards", &rewardfuse::kl_penalized_rewards, no_gil());
   m.def("plackett_luce_loss", &rewardfuse::plackett_luce_loss, no_gil());
   m.def("token_logprobs", &rewardfuse::token_logprobs_op, no_gil());
   m.def("_token_logprobs_forward", &rewardfuse::token_logprobs_forward, no_gil());

@@ -65,4 +65,13 @@ at::Tensor token_logprobs_backward(const OptionalTensor& grad_logprobs, const Op
                                    const at::Tensor& entropy, const at::Tensor& lse, const at::Tensor& ref_lse,
                                    double temperature_value, double softcap, c10::SymInt vocab_size, int64_t direction);
 
+// rewards [*, T], kl [*, T], sequence_kl [*], sequence_reward [*], stats [6].
+using Tensors5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+Tensors5 kl_penalized_rewards(const at::Tensor& logprobs, const at::Tensor& ref_logprobs, const OptionalTensor& mask,
+                              const OptionalTensor& scores, const OptionalTensor& ended, const OptionalTensor& kl_coef,
+                              double kl_coef_value, double missing_eos_penalty, double score_low, double score_high,
+                              int64_t estimator, int64_t gradient_estimator, double input_low, double input_high,
+                              double output_low, double output_high, bool one_past, bool replace,
+                              bool differentiable_rewards);
+
 }  // namespace rewardfuse

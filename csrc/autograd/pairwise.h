@@ -171,10 +171,6 @@ namespace rewardfuse {
 void check_values(const char* name, const OptionalTensor& values, const pairwise::Inputs& in, const char* expected,
                   const at::Tensor& good);
 
-inline void check_number(const char* name, bool good, const char* expected, double value) {
-  TORCH_CHECK_VALUE(good, name, ": expected ", expected, ", got ", value);
-}
-
 }  // namespace rewardfuse
 
 // The CUDA key is registered in every build: without CUDA kernels it says so by name.

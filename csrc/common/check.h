@@ -27,11 +27,15 @@ inline void check_rewards(const char* name, const at::Tensor& t) {
                    ": expected a tensor of float16, bfloat16, float32 or float64, got ", dtype_name(t));
 }
 
+inline void check_device(const char* name, const at::Tensor& t, const char* other_name, const at::Tensor& other) {
+  TORCH_CHECK_VALUE(t.device() == other.device(), name, ": expected the device of ", other_name, ", ", other.device(),
+                    ", got ", t.device());
+}
+
 inline void check_like(const char* name, const at::Tensor& t, const char* other_name, const at::Tensor& other) {
   TORCH_CHECK_VALUE(t.sym_sizes() == other.sym_sizes(), name, ": expected the shape of ", other_name, ", ",
                     other.sym_sizes(), ", got ", t.sym_sizes());
-  TORCH_CHECK_VALUE(t.device() == other.device(), name, ": expected the device of ", other_name, ", ", other.device(),
-                    ", got ", t.device());
+  check_device(name, t, other_name, other);
 }
 
 // A per-item argument: a 0-d tensor or exactly the shape of the rewards; any real dtype.
@@ -41,8 +45,11 @@ inline void check_per_item(const char* name, const OptionalTensor& t, const char
   TORCH_CHECK_VALUE(t->dim() == 0 || t->sym_sizes() == other.sym_sizes(), name,
                     ": expected a number, a 0-d tensor or the shape of ", other_name, ", ", other.sym_sizes(), ", got ",
                     t->sym_sizes());
-  TORCH_CHECK_VALUE(t->device() == other.device(), name, ": expected the device of ", other_name, ", ", other.device(),
-                    ", got ", t->device());
+  check_device(name, *t, other_name, other);
+}
+
+inline void check_number(const char* name, bool good, const char* expected, double value) {
+  TORCH_CHECK_VALUE(good, name, ": expected ", expected, ", got ", value);
 }
 
 }  // namespace rewardfuse

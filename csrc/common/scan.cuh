@@ -46,10 +46,16 @@ struct LaneTeam {
     return before == 0 ? none : previous;
   }
 
+  // The join of all, where join(x, y) is join(y, x).
+  template <class X, class Join>
+  __device__ __forceinline__ X reduce(X x, Join join) const {
+    for (int distance = width / 2; distance > 0; distance /= 2) x = join(x, shuffle(x, rank ^ distance, width));
+    return x;
+  }
+
   template <class X>
   __device__ __forceinline__ X sum(X x) const {
-    for (int distance = width / 2; distance > 0; distance /= 2) x += shuffle(x, rank ^ distance, width);
-    return x;
+    return reduce(x, [](X a, X b) { return a + b; });
   }
 
   __device__ __forceinline__ void wait() const { __syncwarp(); }
@@ -69,10 +75,15 @@ struct BlockTeam {
     return join(shuffle(outside, rank / 32, 32), inside);
   }
 
+  template <class X, class Join>
+  __device__ __forceinline__ X reduce(X x, Join join) const {
+    const LaneTeam warps(kWarps);
+    return warps.reduce(exchange(LaneTeam(32).reduce(x, join))[warps.rank], join);
+  }
+
   template <class X>
   __device__ __forceinline__ X sum(X x) const {
-    const LaneTeam warps(kWarps);
-    return warps.sum(exchange(LaneTeam(32).sum(x))[warps.rank]);
+    return reduce(x, [](X a, X b) { return a + b; });
   }
 
   __device__ __forceinline__ void wait() const { __syncthreads(); }
