@@ -29,14 +29,26 @@ class Head(NamedTuple):
     weight: Tensor  #: ``[V, H]``
     bias: Tensor | None  #: ``[V]``
 
-    def logits(self, rows: slice, columns: slice) -> Tensor:
-        """A block of the logits; in float32 where torch's product can give it without rounding to 16 bits first."""
-        hidden, weight = self.hidden[rows], self.weight[columns]
-        if hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16):
-            logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-        else:
-            logits = torch.mm(hidden, weight.t())
+    def logits(self, rows: slice, columns: slice, memory: Tensor | None) -> Tensor:
+        """A block of the logits."""
+        logits = _product(self.hidden[rows], self.weight[columns].t(), memory)
         return logits if self.bias is None else logits.add_(self.bias[columns])
+
+
+def _memory(like: Tensor, items: int) -> Tensor | None:
+    """Room for the products of a loop on the CPU, whose allocator leaves holes where blocks come and go in turn. On a
+    GPU, and in a compiled graph, memory is planned by others."""
+    return None if like.is_cuda or torch.compiler.is_compiling() else like.new_empty(items)
+
+
+def _product(a: Tensor, b: Tensor, memory: Tensor | None) -> Tensor:
+    """a·b; in float32 where torch can give it without rounding to 16 bits first."""
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    if memory is None:
+        return torch.mm(a, b)
+    rows, columns = a.shape[0], b.shape[1]
+    return torch.mm(a, b, out=memory[: rows * columns].view(rows, columns))
 
 
 class Plan(NamedTuple):
@@ -84,16 +96,19 @@ def _pick(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return None if tensor is None else tensor[rows]
 
 
-def _logits_of_both(plan: Plan, policy: Head, ref: Head | None, rows: slice) -> tuple[Tensor, Tensor | None]:
+def _logits_of_both(
+    plan: Plan, policy: Head, ref: Head | None, rows: slice, memory: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Rows of both models' logits. Of one head the weight is read once for both: a chunk is few rows, so reading the
     weight is a good part of the product's time."""
     everything = slice(None)
     if ref is None:
-        return policy.logits(rows, everything), None
-    if not plan.one_head:
-        return policy.logits(rows, everything), ref.logits(rows, everything)
-    both = policy._replace(hidden=torch.cat([policy.hidden[rows], ref.hidden[rows]]))
-    return both.logits(everything, everything).chunk(2)
+        return policy.logits(rows, everything, memory), None
+    if plan.one_head:
+        both = policy._replace(hidden=torch.cat([policy.hidden[rows], ref.hidden[rows]]))
+        return both.logits(everything, everything, memory).chunk(2)
+    halves = (None, None) if memory is None else memory.chunk(2)
+    return policy.logits(rows, everything, halves[0]), ref.logits(rows, everything, halves[1])
 
 
 class _FromHidden(torch.autograd.Function):
@@ -127,12 +142,14 @@ def _forward(plan: Plan, saved: _Saved) -> tuple[Tensor, ...]:
     """(logprobs, ref_logprobs, kl, entropy, lse, ref_lse), ``[N]`` or, absent, ``[0]``."""
     policy, ref = saved.policy(), saved.ref()
     count, vocab_size = len(saved.tokens), len(policy.weight)
-    step = plan.chunk(count, vocab_size, policy, 1 if ref is None else 2)
+    models = 1 if ref is None else 2
+    step = plan.chunk(count, vocab_size, policy, models)
+    memory = _memory(policy.hidden, models * step * vocab_size)
     cooling, direction = plan.cooling, EXACT.get(plan.exact, 0)
     parts = []
     for first in range(0, max(count, 1), step):
         rows = slice(first, first + step)
-        logits, ref_logits = _logits_of_both(plan, policy, ref, rows)
+        logits, ref_logits = _logits_of_both(plan, policy, ref, rows, memory)
         given = (saved.tokens[rows], _pick(saved.mask, rows), _pick(saved.temperature, rows))
         options = (cooling.temperature_value, cooling.softcap, vocab_size, direction, plan.entropy)
         parts.append(plan.namespace._token_logprobs_forward(logits, ref_logits, *given, *options))
@@ -154,10 +171,12 @@ def _backward(
     if weight is not None and saved.mask is not None:
         rows = rows.masked_fill(~saved.mask.unsqueeze(-1), 0)  # 0 · NaN would be NaN
     cooling, direction = plan.cooling, EXACT[plan.exact] if ref is not None else 0
+    memory, ref_memory = (_memory(rows, count * step) if head is not None else None for head in (policy, ref))
+    of_tile = None if hidden is None else _memory(rows, rows.numel())
     for first in range(0, vocab_size, step):
         columns = slice(first, min(first + step, vocab_size))
-        logits = policy.logits(slice(None), columns)
-        ref_logits = None if ref is None else ref.logits(slice(None), columns)
+        logits = policy.logits(slice(None), columns, memory)
+        ref_logits = None if ref is None else ref.logits(slice(None), columns, ref_memory)
         given = (saved.tokens - first, saved.mask, saved.temperature, *results)
         options = (cooling.temperature_value, cooling.softcap, logits.shape[-1], direction)
         slope = plan.namespace._token_logprobs_backward(
@@ -165,7 +184,7 @@ def _backward(
         ).to(rows.dtype)
         del logits, ref_logits
         if accumulated is not None:
-            accumulated += _product(slope, policy.weight[columns])
+            accumulated += _product(slope, policy.weight[columns], of_tile)
         if weight is not None:
             torch.mm(slope.t(), rows, out=weight[columns])
         if bias is not None:
@@ -179,13 +198,6 @@ def _gradient_like(tensor: Tensor | None, needed: bool) -> Tensor | None:
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a·b, in float32 where torch can give it without rounding to 16 bits first."""
-    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b)
 
 
 def from_hidden(
