@@ -189,6 +189,7 @@ def _backward(
             torch.mm(slope.t(), rows, out=weight[columns])
         if bias is not None:
             bias[columns] = slope.sum(0, dtype=_accumulator(slope.dtype))
+        del slope  # before the next one is made
     return None if hidden is None else accumulated.to(hidden.dtype), weight, bias
 
 
