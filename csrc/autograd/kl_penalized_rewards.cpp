@@ -149,7 +149,7 @@ class View {
   // Finds the one stride of the first `dims` dimensions, in a copy where they have more.
   at::Tensor lay(Operand& operand, const at::Tensor& t, int64_t dims) {
     int64_t stride = 0, span = -1;
-    for (int64_t d = dims - 1; d >= 0; --d) {
+    for (int64_t d = t.numel() > 0 ? dims - 1 : -1; d >= 0; --d) {
       if (t.size(d) == 1) continue;
       if (span >= 0 && t.stride(d) != span) {
         copies_.push_back(t.contiguous());
@@ -274,10 +274,11 @@ class KlPenalizedRewards : public torch::autograd::Function<KlPenalizedRewards> 
  public:
   using Context = torch::autograd::AutogradContext;
   using Variables = torch::autograd::variable_list;
-  static constexpr int kArguments = 8, kLogprobs = 0, kScores = 3;
+  // An optional tensor that is absent is no input of the graph: scores come before the others.
+  static constexpr int kArguments = 8, kLogprobs = 0, kScores = 2;
 
   static Variables forward(Context* ctx, const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
-                           const OptionalTensor& mask, const OptionalTensor& scores, const OptionalTensor& ended,
+                           const OptionalTensor& scores, const OptionalTensor& mask, const OptionalTensor& ended,
                            const OptionalTensor& kl_coef, const Numbers& numbers, bool differentiable_rewards) {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("rewardfuse::_kl_penalized_rewards_forward", "")
@@ -303,13 +304,13 @@ class KlPenalizedRewards : public torch::autograd::Function<KlPenalizedRewards> 
                                .findSchemaOrThrow("rewardfuse::_kl_penalized_rewards_backward", "")
                                .typed<decltype(backward_kernel)>();
     Variables gradients(kArguments);
+    const auto t = ctx->get_saved_variables();
     const auto optional = [](const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
     const bool of_rewards = grads[0].defined() || grads[3].defined();
     const bool need_logprobs =
         ctx->needs_input_grad(kLogprobs) && (of_rewards || grads[1].defined() || grads[2].defined());
-    const bool need_scores = ctx->needs_input_grad(kScores) && of_rewards;
+    const bool need_scores = of_rewards && t[3].defined() && ctx->needs_input_grad(kScores);
     if (!need_logprobs && !need_scores) return gradients;
-    const auto t = ctx->get_saved_variables();
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [d_logprobs, d_scores] =
         op.call(optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3]), t[0], t[1],
@@ -348,7 +349,7 @@ Tensors5 kl_penalized_rewards(const at::Tensor& logprobs, const at::Tensor& ref_
   const auto constant = [](const at::Tensor& t) { return t.requires_grad() ? t.detach() : t; };
   OptionalTensor given = scores;
   if (present(scores) && !differentiable_rewards) given = constant(*scores);
-  auto out = kl_rewards::KlPenalizedRewards::apply(logprobs, constant(ref_logprobs), mask, given, ended, kl_coef,
+  auto out = kl_rewards::KlPenalizedRewards::apply(logprobs, constant(ref_logprobs), given, mask, ended, kl_coef,
                                                    numbers, differentiable_rewards);
   return {std::move(out[0]), std::move(out[1]), std::move(out[2]), std::move(out[3]), std::move(out[4])};
 }

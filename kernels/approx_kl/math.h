@@ -15,7 +15,10 @@ namespace rewardfuse::REWARDFUSE_TARGET {
 
 enum class KlEstimator : int8_t { kOfValue = -1, kK1, kK2, kK3, kAbs };  // kOfValue: for a gradient, the value's own
 
-constexpr double factorial(int n) { return n > 1 ? n * factorial(n - 1) : 1; }
+template <int n>
+constexpr double kFactorial = n * kFactorial<n - 1>;
+template <>
+constexpr double kFactorial<1> = 1;
 
 template <class T>
 struct ApproxKl {
@@ -47,7 +50,7 @@ struct ApproxKl {
   template <int n, class V>
   static RF_HD V series(V square) {
     constexpr int kLast = sizeof(T) == 4 ? 11 : 19;
-    constexpr T coefficient = T(1 / factorial(n));
+    constexpr T coefficient = T(1 / kFactorial<n>);
     if constexpr (n + 2 > kLast)
       return V{} + coefficient;
     else

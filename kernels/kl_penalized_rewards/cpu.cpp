@@ -109,11 +109,6 @@ RF_HD V load_gradient(const Operand& operand, int64_t r, int64_t column, Count c
   return load_as<V>(row + column * operand.inner_stride, operand.inner_stride, count);
 }
 
-template <class T>
-RF_HD ScoreShape<T> score_shape(const Problem& problem) {
-  return {T(problem.score_low), T(problem.score_high), T(problem.missing_eos_penalty), problem.replace};
-}
-
 RF_HD bool missed(const Problem& problem, int64_t r) {
   return problem.ended.data && static_cast<const uint8_t*>(problem.ended.data)[r * problem.ended.outer_stride] == 0;
 }
@@ -132,7 +127,7 @@ void forward_row(const Problem& problem, const ApproxKl<T>& model, double beta, 
   __builtin_memset(kl + end, 0, (problem.size - end) * sizeof(T));
   if (end == 0) return;
 
-  const ScoreShape<T> shape = score_shape<T>(problem);
+  const ScoreShape<T> shape(problem);
   const bool is_missed = missed(problem, r);
   LaneSums<T> of_kl, of_scores;
   typename Lanes<T>::Mask tokens{};
@@ -187,7 +182,7 @@ void backward_scores(const Problem& problem, int64_t r, const Gradients& out) {
   using V = typename Lanes<T>::Reg;
   const Row<T, S> row(problem, r);
   const int64_t end = row.last + 1;
-  const ScoreShape<T> shape = score_shape<T>(problem);
+  const ScoreShape<T> shape(problem);
   const bool is_missed = missed(problem, r);
   const T whole = at<T>(out.sequence_reward, r);
   with_storage(problem.scores.dtype, [&](auto storage) {

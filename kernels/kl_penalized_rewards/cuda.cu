@@ -35,9 +35,7 @@ struct Options {
   double beta;  // NaN where the device holds none
 
   __device__ __forceinline__ explicit Options(const Problem& problem)
-      : model(problem.options),
-        shape{T(problem.score_low), T(problem.score_high), T(problem.missing_eos_penalty), problem.replace},
-        beta(load<double>(problem.kl_coef, 0, 0)) {
+      : model(problem.options), shape(problem), beta(load<double>(problem.kl_coef, 0, 0)) {
     if (!(beta >= 0 && beta - beta == 0)) beta = nan("");
   }
 };

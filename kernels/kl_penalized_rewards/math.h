@@ -6,6 +6,7 @@
 #pragma once
 
 #include "approx_kl/math.h"
+#include "kl_penalized_rewards/args.h"
 
 namespace rewardfuse::REWARDFUSE_TARGET {
 
@@ -19,6 +20,13 @@ template <class T>
 struct ScoreShape {
   T low, high, penalty;
   bool replace;
+
+  // A score that nobody gave is 0, whatever the clip.
+  RF_HD explicit ScoreShape(const kl_rewards::Problem& problem)
+      : low(problem.scores.data ? T(problem.score_low) : -T(INFINITY)),
+        high(problem.scores.data ? T(problem.score_high) : T(INFINITY)),
+        penalty(T(problem.missing_eos_penalty)),
+        replace(problem.replace) {}
 
   template <class V>
   RF_HD V clamped(V score) const {
