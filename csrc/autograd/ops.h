@@ -43,7 +43,7 @@ at::Tensor all_pairs_loss(const at::Tensor& scores, const at::Tensor& labels, co
                           double normalizer_value, int64_t reduction);
 
 // logprobs, ref_logprobs, kl, entropy by row, [*] or, where there is none, [0]; forward also gives the log-sum-exps of
-// both models. direction: of kernels/token_logprobs/args.h; softcap 0: none.
+// both models, in float64. direction: of kernels/token_logprobs/args.h; softcap 0: none.
 using TokenLogprobsAndKl = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using TokenLogprobsSaved = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 

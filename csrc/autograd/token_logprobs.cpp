@@ -11,20 +11,23 @@ namespace {
 TokenLogprobsSaved forward(const Inputs& in, bool entropy) {
   check(in);
   const auto options = loss_options(in.logits);
-  const auto make = [&](bool wanted) {
-    return wanted ? at::empty_symint(in.shape(), options) : at::empty({0}, options);
+  const auto make = [&](bool wanted, const at::TensorOptions& like) {
+    return wanted ? at::empty_symint(in.shape(), like) : at::empty({0}, like);
   };
   const bool ref = present(in.ref_logits);
-  const at::Tensor logprobs = make(true), ref_logprobs = make(ref), kl = make(ref), entropies = make(entropy);
-  const at::Tensor lse = make(true), ref_lse = make(ref);
+  const at::Tensor logprobs = make(true, options), ref_logprobs = make(ref, options), kl = make(ref, options);
+  const at::Tensor entropies = make(entropy, options);
+  // In float32 a log-sum-exp far from 0 would lose what the gradient needs.
+  const at::Tensor lse = make(true, options.dtype(at::kDouble)), ref_lse = make(ref, options.dtype(at::kDouble));
   const TokenLogprobsSaved out{logprobs, ref_logprobs, kl, entropies, lse, ref_lse};
   if (in.logits.is_meta()) return out;
   const Kernel kernel(in);
   kernel.check_temperature();
   kernel.check_tokens();
   const auto data = [](const at::Tensor& t, bool wanted) { return wanted ? t.mutable_data_ptr() : nullptr; };
+  const auto numbers = [](const at::Tensor& t, bool wanted) { return wanted ? t.mutable_data_ptr<double>() : nullptr; };
   const Results results{data(logprobs, true),     data(ref_logprobs, ref), data(kl, ref),
-                        data(entropies, entropy), data(lse, true),         data(ref_lse, ref)};
+                        data(entropies, entropy), numbers(lse, true),      numbers(ref_lse, ref)};
   kernel.for_rows(
       [&](int64_t begin, int64_t end) { token_logprobs_kernels_cpu().forward(kernel.problem, results, begin, end); });
   return out;

@@ -184,10 +184,11 @@ RF_HD V exp2_any(V x) {
   constexpr Exp2Coefficients<T> series;
   constexpr int degree = sizeof(series.terms) / sizeof(T) - 1;
 #ifdef __AVX512F__
-  constexpr int floor = 9;  // x − ⌊x⌋, no exception
-  V f;
-  if constexpr (f32) f = (V)_mm512_reduce_ps((__m512)x, floor);
-  if constexpr (!f32) f = (V)_mm512_reduce_pd((__m512d)x, floor);
+  constexpr int floor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  V whole;  // not _mm512_reduce, which keeps a multiplier busy
+  if constexpr (f32) whole = (V)_mm512_roundscale_ps((__m512)x, floor);
+  if constexpr (!f32) whole = (V)_mm512_roundscale_pd((__m512d)x, floor);
+  const V f = x - whole;
 #else
   constexpr T highest = f32 ? 127 : 1023;
   const V bounded = x > highest ? broadcast<T>(highest) : x;

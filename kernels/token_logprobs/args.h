@@ -29,10 +29,10 @@ struct Problem {
   double temperature_of(int64_t row) const { return temperature ? temperature[row] : temperature_value; }
 };
 
-// Where forward writes, one number a row in the accumulation type; null where nobody asks.
+// Where forward writes, one number a row; null where nobody asks.
 struct Results {
-  void *logprobs = nullptr, *ref_logprobs = nullptr, *kl = nullptr, *entropy = nullptr;
-  void *lse = nullptr, *ref_lse = nullptr;
+  void *logprobs = nullptr, *ref_logprobs = nullptr, *kl = nullptr, *entropy = nullptr;  // in the accumulation type
+  double *lse = nullptr, *ref_lse = nullptr;
 };
 
 // What backward is given by row (null: no gradient of that output) and where it writes.

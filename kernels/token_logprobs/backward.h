@@ -81,7 +81,7 @@ struct GradientRow {
     return result;
   }
 
-  RF_HD void some(const S* p, const S* q, S* to, int64_t n) const {
+  __attribute__((noinline)) void some(const S* p, const S* q, S* to, int64_t n) const {
     const G p_logits = G::load_first(p, n);
     at(p_logits, has_ref ? G::load_first(q, n) : p_logits).store_first(to, n);
   }

@@ -1,3 +1,10 @@
+// Token log-probs, exact KL and entropy on the CPU.
+//
+// Decomposition: a row is one thread's; its bits do not depend on how many there are. Nothing is allocated.
+// Traffic: forward reads each model's real logits once and writes some numbers a row. Backward reads them again (those
+// of the reference only for a KL's gradient) and writes the gradient once, past the caches where it is larger than they
+// are; masked rows, and rows whose every gradient is 0, are not read. Precision: exponents, exponentials and sums
+// within a block are float32 (float64 for float64), the rest float64.
 #include "token_logprobs/backward.h"
 #include "token_logprobs/forward.h"
 
@@ -11,18 +18,17 @@ void write(void* to, int64_t row, double value) {
 
 template <class T, class S, Direction direction, bool entropy>
 void forward_row(const Problem& problem, const Results& results, int64_t i) {
-  const bool counts = problem.counts(i);
-  if (!counts) {
-    for (void* to : {results.logprobs, results.ref_logprobs, results.kl, results.entropy, results.lse, results.ref_lse})
-      write<T>(to, i, 0);
+  if (!problem.counts(i)) {
+    for (void* to : {results.logprobs, results.ref_logprobs, results.kl, results.entropy}) write<T>(to, i, 0);
+    for (double* to : {results.lse, results.ref_lse}) write<double>(to, i, 0);
     return;
   }
   const Row<T, S, direction, entropy> row(problem, i);
-  write<T>(results.lse, i, row.lse());
+  write<double>(results.lse, i, row.lse());
   write<T>(results.logprobs, i, row.logprob(problem.tokens[i]));
   if (entropy) write<T>(results.entropy, i, row.entropy_of_policy());
   if (direction == Direction::kNone) return;
-  write<T>(results.ref_lse, i, row.ref_lse());
+  write<double>(results.ref_lse, i, row.ref_lse());
   write<T>(results.ref_logprobs, i, row.ref_logprob(problem.tokens[i]));
   write<T>(results.kl, i, row.kl());
 }

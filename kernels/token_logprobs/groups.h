@@ -90,10 +90,11 @@ struct Group {
     return words;
   }
 
-  // To nearest, ties to even, in the upper half; NaN stays NaN.
+  // To nearest, ties to even, in the upper half. A NaN that comes out of arithmetic on 16-bit numbers has nothing in
+  // its lower half, so it stays one.
   static RF_HD Words rounded(V x) {
     const Words bits = (Words)x;
-    return (bits & 0x7fffffffu) > 0x7f800000u ? Words{} + 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
   }
 };
 
