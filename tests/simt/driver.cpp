@@ -1,6 +1,7 @@
 // The kernels behind a C interface: simt_set names the arguments of a call one by one, simt_run makes the call.
 #include "all_pairs/args.h"
 #include "arguments.h"
+#include "kl_penalized_rewards/args.h"
 #include "pairwise/kernels.h"
 #include "plackett_luce/args.h"
 
@@ -45,6 +46,32 @@ all_pairs::Problem all_pairs_of(Arguments& from) {
   return problem;
 }
 
+template <size_t count>
+void options_of(Arguments& from, double (&options)[count]) {
+  for (size_t i = 0; i < count; ++i) options[i] = from.number(("option_" + std::to_string(i)).c_str());
+}
+
+kl_rewards::Problem kl_rewards_of(Arguments& from) {
+  kl_rewards::Problem problem;
+  problem.rows = from.integer("rows");
+  problem.size = from.integer("size");
+  problem.logprobs = from.operand("logprobs");
+  problem.dtype = problem.logprobs.dtype;
+  problem.ref_logprobs = from.operand("ref_logprobs");
+  problem.mask = from.operand("mask", 1);
+  problem.scores = from.operand("scores");
+  problem.ended = from.operand("ended", 1);
+  problem.kl_coef = from.operand("kl_coef");
+  problem.token_scores = from.number("token_scores") != 0;
+  problem.one_past = from.number("one_past") != 0;
+  problem.replace = from.number("replace") != 0;
+  problem.missing_eos_penalty = from.number("missing_eos_penalty");
+  problem.score_low = from.number("score_low");
+  problem.score_high = from.number("score_high");
+  options_of(from, problem.options);
+  return problem;
+}
+
 pairwise::Problem pairs_of(Arguments& from) {
   pairwise::Problem problem;
   problem.plane = {from.integer("items"), from.integer("inner")};
@@ -55,7 +82,7 @@ pairwise::Problem pairs_of(Arguments& from) {
   problem.q = from.operand("q");
   problem.weight = from.operand("weight", 1);
   problem.mask = from.operand("mask", 1);
-  for (int i = 0; i < 3; ++i) problem.options[i] = from.number(("option_" + std::to_string(i)).c_str());
+  options_of(from, problem.options);
   problem.wants_stats = from.number("wants_stats") != 0;
   return problem;
 }
@@ -130,12 +157,39 @@ void backward_pairs(Arguments& from) {
   kernels.backward(problem, out, launch);
 }
 
+void forward_kl_rewards(Arguments& from) {
+  const auto problem = kl_rewards_of(from);
+  const kl_rewards::Results out{from.data<void>("rewards"), from.data<void>("kl"), from.data<void>("sequence_kl"),
+                                from.data<void>("sequence_reward"), from.data<void>("stats")};
+  const CudaLaunch launch = from.launch();
+  from.expect_none_left();
+  cuda::kl_penalized_rewards_kernels.forward(problem, out, launch);
+}
+
+void backward_kl_rewards(Arguments& from) {
+  const auto problem = kl_rewards_of(from);
+  kl_rewards::Gradients out;
+  out.rewards = from.operand("grad_rewards");
+  out.kl = from.operand("grad_kl");
+  out.sequence_kl = from.operand("grad_sequence_kl");
+  out.sequence_reward = from.operand("grad_sequence_reward");
+  out.logprobs = from.data<void>("d_logprobs");
+  out.scores = from.data<void>("d_scores");
+  const CudaLaunch launch = from.launch();
+  from.expect_none_left();
+  cuda::kl_penalized_rewards_kernels.backward(problem, out, launch);
+}
+
 Call find(const std::string& name) {
   static const std::map<std::string, Call> calls = {
       {"plackett_luce_forward", &forward_lists<cuda::plackett_luce_kernels, &plackett_luce_of>},
       {"plackett_luce_backward", &backward_lists<cuda::plackett_luce_kernels, &plackett_luce_of>},
       {"all_pairs_forward", &forward_lists<cuda::all_pairs_kernels, &all_pairs_of>},
       {"all_pairs_backward", &backward_lists<cuda::all_pairs_kernels, &all_pairs_of>},
+      {"kl_penalized_rewards_forward", &forward_kl_rewards},
+      {"kl_penalized_rewards_backward", &backward_kl_rewards},
+      {"approx_kl_forward", &forward_pairs<cuda::approx_kl>},
+      {"approx_kl_backward", &backward_pairs<cuda::approx_kl>},
       {"bradley_terry_forward", &forward_pairs<cuda::bradley_terry>},
       {"bradley_terry_backward", &backward_pairs<cuda::bradley_terry>},
       {"rao_kupper_forward", &forward_pairs<cuda::rao_kupper>},

@@ -11,7 +11,7 @@ GRIDS = (1, 2, 5)
 LAYOUTS = ("contiguous", "transposed", "every second")
 NONE, MEAN = 0, 2
 CHUNK = 1024  # kChunk in kernels/plackett_luce/args.h
-LIST_SUMS, PAIR_SUMS = 2, 7
+LIST_SUMS, PAIR_SUMS, ROW_SUMS = 2, 7, 5
 
 
 class _Loss(torch.autograd.Function):
@@ -119,7 +119,7 @@ class _Lists(_Reduced):
 
 class Pairs(_Reduced):
     """A call on pairs of rewards; `numbers` are what stands for p, the weight (or a tensor), what stands for q, the
-    normalizer and the model's three options. `stats` and `scratch` are what forward wrote."""
+    normalizer and the model's options. `stats` and `scratch` are what forward wrote."""
 
     def __init__(self, emulator, kernel, a, b, p, q, mask, normalizer, numbers, reduction, wants_stats):
         p_value, weight, q_value, normalizer_value, *options = numbers
@@ -188,6 +188,90 @@ class Pairs(_Reduced):
         return [None if g is None else g.tensor.clone() for g in (grad_a, grad_b, grad_p)]
 
 
+class KlRewards:
+    """A call of kl_penalized_rewards, with the arguments of backends; `scratch` is what forward wrote."""
+
+    def __init__(self, emulator, logprobs, ref_logprobs, mask, scores, ended, kl_coef, *numbers):
+        kl_coef_value, penalty, score_low, score_high, *options, one_past, replace, _ = numbers
+        self.emulator, self.logprobs, self.scores = emulator, logprobs, scores
+        self.rows, self.size = logprobs.shape[:-1].numel(), logprobs.shape[-1]
+        token_scores = scores is not None and scores.dim() == logprobs.dim()
+        per_token = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "mask": mask}
+        per_row = {"ended": ended, **({} if token_scores else {"scores": scores})}
+        if token_scores:
+            per_token["scores"] = scores
+        self.problem = {
+            "rows": self.rows,
+            "size": self.size,
+            "token_scores": token_scores,
+            **{name: self.by_token(t) for name, t in per_token.items()},
+            **{name: self.by_row(t) for name, t in per_row.items()},
+            "kl_coef": number(kl_coef, kl_coef_value),
+            "missing_eos_penalty": penalty,
+            "score_low": score_low,
+            "score_high": score_high,
+            "one_past": one_past,
+            "replace": replace,
+            **{f"option_{i}": option for i, option in enumerate(options)},
+        }
+        dtype, shape = accumulated(logprobs.dtype), logprobs.shape
+        shapes = {"rewards": shape, "kl": shape, "sequence_kl": shape[:-1], "sequence_reward": shape[:-1]}
+        self.results = {name: emulator.empty(shape, dtype) for name, shape in (shapes | {"stats": (6,)}).items()}
+        self.scratch = emulator.scratch(ROW_SUMS)
+
+    def by_token(self, tensor):
+        if tensor is None:
+            return None
+        tensor = tensor.reshape(self.rows, self.size)
+        return Strided(tensor, *tensor.stride())
+
+    def by_row(self, tensor):
+        if tensor is None:
+            return None
+        tensor = tensor.reshape(self.rows)
+        return Strided(tensor, tensor.stride(0))
+
+    def forward(self):
+        self.emulator.run("kl_penalized_rewards_forward", **self.problem, **self.scratch, **self.results)
+        return tuple(result.tensor.clone() for result in self.results.values())
+
+    def backward(self, grads, needs):
+        rewards, kl, sequence_kl, sequence_reward, _ = grads
+        wanted = [need and t is not None for need, t in zip(needs, (self.logprobs, self.scores), strict=True)]
+        found = [
+            self.emulator.empty(t.shape, t.dtype) if want else None
+            for t, want in zip((self.logprobs, self.scores), wanted, strict=True)
+        ]
+        self.emulator.run(
+            "kl_penalized_rewards_backward",
+            **self.problem,
+            blocks=self.emulator.blocks,
+            grad_rewards=self.by_token(rewards),
+            grad_kl=self.by_token(kl),
+            grad_sequence_kl=self.by_row(sequence_kl),
+            grad_sequence_reward=self.by_row(sequence_reward),
+            d_logprobs=found[0],
+            d_scores=found[1],
+        )
+        return [None if g is None else g.tensor.clone() for g in found]
+
+
+class _Rewards(torch.autograd.Function):
+    """The results of a KlRewards."""
+
+    @staticmethod
+    def forward(ctx, call, differentiable, *leaves):
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        results = call.forward()
+        ctx.mark_non_differentiable(*(results[i] for i in ((4,) if differentiable else (0, 3, 4))))
+        return results
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, None, *ctx.call.backward(grads, ctx.needs_input_grad[2:])
+
+
 class Kernels:
     """The backend; `name`, `device` and `interpreted` are what tests ask of one (conftest.Backend)."""
 
@@ -238,6 +322,17 @@ class Kernels:
         numbers = (log_tie_value, weight, outcome_value, normalizer_value, 0, 0, 0)
         call = Pairs(self.emulator, ("rao_kupper", "davidson")[model], *tensors, numbers, reduction, False)
         return _Loss.apply(call, first, second, log_tie)
+
+    def approx_kl(self, logprobs, ref_logprobs, importance_weight, mask, importance_weight_value, *options):
+        numbers = (importance_weight_value, 1, 0, 0, *options)
+        tensors = (logprobs, ref_logprobs.detach(), importance_weight, None, mask, None)
+        call = Pairs(self.emulator, "approx_kl", *tensors, numbers, NONE, False)
+        return _Loss.apply(call, logprobs, ref_logprobs.detach(), importance_weight)
+
+    def kl_penalized_rewards(self, logprobs, ref_logprobs, mask, scores, *others):
+        scores = scores if scores is None or others[-1] else scores.detach()
+        call = KlRewards(self.emulator, logprobs, ref_logprobs, mask, scores, *others)
+        return _Rewards.apply(call, others[-1], logprobs, scores)
 
 
 def serve(emulator, patch):
