@@ -66,7 +66,7 @@ for name, kernel, signature, constants, options in CASES:
 """
 
 
-@pytest.mark.parametrize("module", ["triton_cases", "triton_list_cases"])
+@pytest.mark.parametrize("module", ["triton_cases", "triton_list_cases", "triton_kl_cases"])
 def test_triton_kernels_spill_or_do_not_compile(module, tmp_path):
     triton = pytest.importorskip("triton")
     code = AHEAD_OF_TIME.format(module=module, tests=str(ROOT / "tests"), folder=str(tmp_path))

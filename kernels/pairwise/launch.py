@@ -49,7 +49,7 @@ def lay(shape: torch.Size, *tensors: Tensor | None) -> Layout:
 
 class Pairs(NamedTuple):
     """The tensors of a pair op (absent ones None) and, in `numbers`: what stands for p, weight, q where there is no
-    tensor, the normalizer (0: none) and the model's three options."""
+    tensor, the normalizer (0: none) and the model's three options, or six."""
 
     a: Tensor
     b: Tensor

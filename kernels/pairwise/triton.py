@@ -36,8 +36,24 @@ def log1p_unit(x, TERMS: tl.constexpr):
 
 @triton.jit
 def number(numbers, k: tl.constexpr, ACC: tl.constexpr):
-    """The k-th of seven numbers. Triton passes a Python float as float32, so each comes as a sum of two."""
-    return (tl.full([], 0.0, tl.float64) + numbers[k] + numbers[k + 7]).to(ACC)
+    """The k-th number. Triton passes a Python float as float32, so each comes as a sum of two."""
+    return (tl.full([], 0.0, tl.float64) + numbers[k] + numbers[k + len(numbers) // 2]).to(ACC)
+
+
+@triton.jit
+def options_of(numbers, ACC: tl.constexpr):
+    """The model's own numbers: the three of a preference model, the six of a KL estimate."""
+    if len(numbers) == 14:
+        return number(numbers, 4, ACC), number(numbers, 5, ACC), number(numbers, 6, ACC)
+    else:
+        return (
+            number(numbers, 4, ACC),
+            number(numbers, 5, ACC),
+            number(numbers, 6, ACC),
+            number(numbers, 7, ACC),
+            number(numbers, 8, ACC),
+            number(numbers, 9, ACC),
+        )
 
 
 @triton.jit
@@ -123,7 +139,7 @@ def forward_kernel(
     stats,  # [5]
     denominator,  # []
     strides,  # of a, b, p, q, weight, mask: (outer, inner) each
-    numbers,  # p, weight, q, normalizer (0: none), the model's three options
+    numbers,  # p, weight, q, normalizer (0: none), the model's options
     items,
     inner,
     flags,
@@ -154,9 +170,7 @@ def forward_kernel(
     p_number = number(numbers, 0, ACC)
     weight_number = number(numbers, 1, ACC)
     q_number = number(numbers, 2, ACC)
-    o0 = number(numbers, 4, ACC)
-    o1 = number(numbers, 5, ACC)
-    o2 = number(numbers, 6, ACC)
+    options = options_of(numbers, ACC)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(first, items, step):
@@ -171,7 +185,7 @@ def forward_kernel(
         w = load_operand(weight, strides[8], strides[9], weight_number, row, column, live, HAS_WEIGHT, ACC)
         valid = load_mask(mask, strides[10], strides[11], row, column, live, HAS_MASK)
         counted = valid & (w != 0)
-        value = w * LOSS(x, y, u, v, o0, o1, o2, TERMS)
+        value = w * LOSS(x, y, u, v, *options, TERMS)
         value = tl.where(counted, value, 0.0)
         if REDUCTION == NONE:
             tl.store(loss + item, value, mask=live)
@@ -262,9 +276,7 @@ def backward_kernel(
     p_number = number(numbers, 0, ACC)
     weight_number = number(numbers, 1, ACC)
     q_number = number(numbers, 2, ACC)
-    o0 = number(numbers, 4, ACC)
-    o1 = number(numbers, 5, ACC)
-    o2 = number(numbers, 6, ACC)
+    options = options_of(numbers, ACC)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(first, items, step):
@@ -279,7 +291,7 @@ def backward_kernel(
         w = load_operand(weight, strides[8], strides[9], weight_number, row, column, live, HAS_WEIGHT, ACC)
         counted = load_mask(mask, strides[10], strides[11], row, column, live, HAS_MASK) & (w != 0)
         factor = load_scores(grad_output, strides[12], strides[13], row, column, live, ACC) * scale * w
-        d_a, d_b, d_p = GRADIENT(x, y, u, v, o0, o1, o2, TERMS)
+        d_a, d_b, d_p = GRADIENT(x, y, u, v, *options, TERMS)
         d_p = tl.where(counted, factor * d_p, 0.0)
         if NEED_A:
             tl.store(grad_a + item, tl.where(counted, factor * d_a, 0.0), mask=live)
