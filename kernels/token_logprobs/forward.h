@@ -5,9 +5,8 @@
 // the row's own is at most 12 bits above `top`. Within a block sums are float lanes, across blocks float64. Differences
 // of log-probs are taken between the very numbers whose exponentials are summed: KL is that of logits rounded once.
 //
-// A block goes fast: without a cap, without logits so large that `base` could be off by bits, and as though none were
-// −inf, for which 0·inf would be NaN. Where the sums come out NaN it is taken again with guards, and so are all after
-// it.
+// A block goes fast: without a cap, and as though no logit were −inf, for which 0·inf would be NaN. Where the sums come
+// out NaN it is taken again with guards, and so are all after it.
 #pragma once
 
 #include "token_logprobs/args.h"
@@ -23,37 +22,17 @@ using rewardfuse::token_logprobs::Results;
 constexpr int64_t kBlock = 1024;
 // What a block's exponentials may add up to before `top` follows them.
 constexpr float kHighest = 4096;
-// Whether l·scale − base is rounded once.
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-constexpr bool kFused = true;
-#else
-constexpr bool kFused = false;
-#endif
 constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 
-// Sums over exponentials e = 2^x, x = (l − shift)·scale − base, of one model's logits: relative to `top`, whose own x
-// is 0 but for rounding.
+// Sums over exponentials e = 2^(scale·(l − top)) of one model's logits.
 template <class T>
 struct Model {
   double top = std::is_same_v<T, double> ? -1.7976931348623157e308 : -3.4028234663852886e38;  // T's lowest number
-  T shift = static_cast<T>(top), base = 0;
   double sum = 0;
 
-  // Returns what that adds to the exponents, in bits. Finite.
-  double move_to(double new_top, double scale) {
-    const double old_shift = shift, old_base = base;
-    top = new_top;
-    // One operation less an exponent where a logit times `scale` is not so large that T rounds it by bits.
-    const bool near = kFused && fabs(top * scale) <= 0x1p20;
-    shift = static_cast<T>(near ? 0 : top);
-    base = static_cast<T>(near ? top * scale : 0);
-    return fmax((old_shift - shift) * scale + (old_base - base), -1e300);
-  }
-
+  // What a new `top` adds to the exponents, in bits; finite.
+  double shift_to(double new_top, double scale) const { return fmax((top - new_top) * scale, -1e300); }
   double log_sum() const { return sum > 0 ? log(sum) : __builtin_nan(""); }
-
-  // log Σ e^(p − p of `top`): without what `base` was rounded by.
-  double log_sum_to_top(double scale) const { return log_sum() + kLn2 * (base - (top - shift) * scale); }
 };
 
 // What a row needs beside its logits.
@@ -79,23 +58,22 @@ struct Block {
   static constexpr bool has_ref = direction != Direction::kNone;
 
   const Terms<T>& terms;
-  const Model<T>&of_policy, &of_ref;
+  const T policy_top, ref_top;
   V policy{}, ref{}, difference{}, exponent{};
 
-  RF_HD V exponent_of(V logit, const Model<T>& model) const {
-    if constexpr (fast && kFused) return logit * terms.scale - model.base;
-    if (!fast && terms.cap != 0) logit = soft_cap(logit, terms.cap);
-    return (logit - model.shift) * terms.scale - model.base;
+  RF_HD V score(V logit) const {
+    if (!fast && terms.cap != 0) return soft_cap(logit, terms.cap);
+    return logit;
   }
 
   // `valid`: true for all, or a mask.
   template <class Valid>
   RF_HD void add(V p_logit, V q_logit, Valid valid) {
     const auto keep = [&](auto counts, V x) __attribute__((always_inline)) { return counts ? x : V{}; };
-    const V p = exponent_of(p_logit, of_policy);
+    const V p = (score(p_logit) - policy_top) * terms.scale;
     V p_exp = exp2_any(p), q{}, q_exp{};
     if constexpr (has_ref) {
-      q = exponent_of(q_logit, of_ref);
+      q = (score(q_logit) - ref_top) * terms.scale;
       q_exp = exp2_any(q);
     }
     if constexpr (!std::is_same_v<Valid, bool>) {
@@ -166,8 +144,8 @@ class Row {
     }
   }
 
-  double lse() const { return finite(policy_.top * per_temperature_ + policy_.log_sum_to_top(terms_.scale)); }
-  double ref_lse() const { return finite(ref_.top * per_temperature_ + ref_.log_sum_to_top(terms_.scale)); }
+  double lse() const { return finite(policy_.top * per_temperature_ + policy_.log_sum()); }
+  double ref_lse() const { return finite(ref_.top * per_temperature_ + ref_.log_sum()); }
   double logprob(int64_t token) const { return of_token(p_[token], policy_); }
   double ref_logprob(int64_t token) const { return of_token(q_[token], ref_); }
   double entropy_of_policy() const { return policy_.log_sum() - kLn2 * exponent_ / policy_.sum; }
@@ -184,23 +162,18 @@ class Row {
     using G = Group<T, S>;
     auto score = G::load_first(&logit, 1).part[0];
     if (terms_.cap != 0) score = soft_cap(score, terms_.cap);
-    return (static_cast<double>(score[0]) - model.top) * per_temperature_ - model.log_sum_to_top(terms_.scale);
+    return (static_cast<double>(score[0]) - model.top) * per_temperature_ - model.log_sum();
   }
 
   template <bool fast>
   __attribute__((noinline)) Sums sums(int64_t at, int64_t count) const {
-    Block<T, S, direction, entropy, fast> block{terms_, policy_, ref_};
+    Block<T, S, direction, entropy, fast> block{terms_, static_cast<T>(policy_.top), static_cast<T>(ref_.top)};
     return block.run(p_ + at, has_ref ? q_ + at : nullptr, count);
   }
 
-  Sums sums(int64_t at, int64_t count) const {
-    const bool fast = !guarded_ && (!kFused || (policy_.shift == 0 && (!has_ref || ref_.shift == 0)));
-    return fast ? sums<true>(at, count) : sums<false>(at, count);
-  }
-
   void add(int64_t at, int64_t count) {
-    Sums block = sums(at, count);
-    if (!block.in_range() && raise(at, count)) block = sums(at, count);
+    Sums block = guarded_ ? sums<false>(at, count) : sums<true>(at, count);
+    if (!block.in_range() && raise(at, count)) block = guarded_ ? sums<false>(at, count) : sums<true>(at, count);
     if (block.is_nan() && !guarded_) {
       guarded_ = true;
       block = sums<false>(at, count);
@@ -215,18 +188,22 @@ class Row {
   bool raise(int64_t at, int64_t count) {
     const double p_top = greatest<T>(p_ + at, count, terms_.cap);
     const double q_top = has_ref ? greatest<T>(q_ + at, count, terms_.cap) : ref_.top;
-    if (!(p_top > policy_.top) && !(q_top > ref_.top)) return false;
-    const double p_shift = p_top > policy_.top ? policy_.move_to(p_top, terms_.scale) : 0;
-    const double q_shift = q_top > ref_.top ? ref_.move_to(q_top, terms_.scale) : 0;
+    const double p_shift = p_top > policy_.top ? policy_.shift_to(p_top, terms_.scale) : 0;
+    const double q_shift = q_top > ref_.top ? ref_.shift_to(q_top, terms_.scale) : 0;
+    if (p_shift == 0 && q_shift == 0) return false;
     const double p_factor = exp2(p_shift), q_factor = exp2(q_shift);
-    exponent_ = p_factor * (exponent_ + policy_.sum * p_shift);
+    // What weighs nothing any more is gone, even a KL that was infinite.
+    const auto scaled = [](double factor, double x) { return factor == 0 ? 0 : factor * x; };
+    exponent_ = scaled(p_factor, exponent_ + policy_.sum * p_shift);
     if (direction == Direction::kReverse) {
-      difference_ = p_factor * (difference_ + policy_.sum * (p_shift - q_shift));
+      difference_ = scaled(p_factor, difference_ + policy_.sum * (p_shift - q_shift));
     } else {
-      difference_ = q_factor * (difference_ + ref_.sum * (q_shift - p_shift));
+      difference_ = scaled(q_factor, difference_ + ref_.sum * (q_shift - p_shift));
     }
     policy_.sum *= p_factor;
     ref_.sum *= q_factor;
+    if (p_shift != 0) policy_.top = p_top;
+    if (q_shift != 0) ref_.top = q_top;
     return true;
   }
 

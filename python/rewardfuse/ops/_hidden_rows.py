@@ -20,6 +20,8 @@ from rewardfuse.ops.token_logprobs import Cooling, widened
 
 #: Bytes of the buffers together: a share of one model's logits in the states' dtype, less on a GPU, and its bounds.
 _SHARE, _SHARE_CUDA, _LEAST_BYTES, _MOST_BYTES = 0.09, 0.045, 1 << 22, 1 << 30
+#: So many rows of a product are added to the states' gradient at a time: it would take as much memory as the gradient.
+_ROWS = 1024
 
 
 class Head(NamedTuple):
@@ -172,7 +174,7 @@ def _backward(
         rows = rows.masked_fill(~saved.mask.unsqueeze(-1), 0)  # 0 · NaN would be NaN
     cooling, direction = plan.cooling, EXACT[plan.exact] if ref is not None else 0
     memory, ref_memory = (_memory(rows, count * step) if head is not None else None for head in (policy, ref))
-    of_tile = None if hidden is None else _memory(rows, rows.numel())
+    of_tile = None if hidden is None else _memory(rows, rows[:_ROWS].numel())
     for first in range(0, vocab_size, step):
         columns = slice(first, min(first + step, vocab_size))
         logits = policy.logits(slice(None), columns, memory)
@@ -184,13 +186,19 @@ def _backward(
         ).to(rows.dtype)
         del logits, ref_logits
         if accumulated is not None:
-            accumulated += _product(slope, policy.weight[columns], of_tile)
+            _add_product(accumulated, slope, policy.weight[columns], of_tile)
         if weight is not None:
             torch.mm(slope.t(), rows, out=weight[columns])
         if bias is not None:
             bias[columns] = slope.sum(0, dtype=_accumulator(slope.dtype))
         del slope  # before the next one is made
     return None if hidden is None else accumulated.to(hidden.dtype), weight, bias
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, memory: Tensor | None) -> None:
+    """total += a·b, some rows at a time."""
+    for rows, part in zip(a.split(_ROWS), total.split(_ROWS), strict=True):
+        part += _product(rows, b, memory)
 
 
 def _gradient_like(tensor: Tensor | None, needed: bool) -> Tensor | None:
