@@ -16,6 +16,7 @@ import torch
 # An op's module has cases(settings) -> Iterator[Case] and NOTE, a line on who its peers are.
 OPS = {
     "bradley_terry": "rewardfuse.bench.bradley_terry",
+    "kl_rewards": "rewardfuse.bench.kl_rewards",
     "plackett_luce": "rewardfuse.bench.plackett_luce",
 }
 
@@ -24,17 +25,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure the named ops, or all; print tables or JSON; returns 0.
 
     Raises:
-        ValueError: an unknown op, a device that is not there, or a number out of range.
+        ValueError: an unknown op, a device that is not there, a number out of range, or results of another machine in
+            the way.
         OSError: the results cannot be written.
     """
     arguments = _parser().parse_args(argv)
     _check(arguments)
-    from rewardfuse.bench import report
+    from rewardfuse.bench import report, results
     from rewardfuse.bench.contestants import Settings
 
     rounds = arguments.repeats or (5 if arguments.quick else 50)
     settings = Settings(torch.device(arguments.device), arguments.threads, arguments.quick, rounds)
-    result: dict[str, Any] = {"machine": report.machine_facts(settings.device), "settings": _plain(settings), "ops": {}}
+    machine = results.machine_facts(settings.device)
+    result: dict[str, Any] = {"machine": machine, "settings": _plain(settings), "ops": {}}
+    stem, before = arguments.name or results.slug(machine), {}
+    if arguments.output_dir is not None:
+        before = results.earlier(machine, arguments.output_dir, stem)  # before the minutes that measuring takes
     if not arguments.json:
         print(report.header(result))
     for name in arguments.op or OPS:
@@ -42,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(result, indent=2))
     if arguments.output_dir is not None:
-        stem = arguments.name or report.slug(result["machine"])
-        for path in report.write(result, arguments.output_dir, stem):
+        for path in results.write(result, before, arguments.output_dir, stem):
             print(f"wrote {path}", file=sys.stderr)
     return 0
 
@@ -65,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: shows that it works, no more")
     parser.add_argument(
-        "--output_dir", "--output-dir", type=Path, help="folder for NAME.json and NAME.png; default: none"
+        "--output_dir",
+        "--output-dir",
+        type=Path,
+        help="folder for NAME.json, in which ops measured earlier stay, and NAME.png; default: none",
     )
     parser.add_argument("--name", help="stem of these files; default: the processor's name")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")

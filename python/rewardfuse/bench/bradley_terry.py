@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import rewardfuse
+from rewardfuse.bench.case import BOTH, FORWARD, Aim, Case
 from rewardfuse.bench.contestants import Settings, contestants
-from rewardfuse.bench.measure import Case
 
 NOTE = (
     "torch is -logsigmoid(chosen - rejected).mean(), and TRL's RewardTrainer and OpenRLHF's PairWiseLoss compute that\n"
@@ -113,6 +113,12 @@ def _case(
         racing, left_out = contestants(settings.device, used, fused_every_option, plain_every_option, tensors)
     else:
         racing, left_out = contestants(settings.device, used, fused, plain, leaves)
+    whole = Aim(
+        # What the targets were set for is one number of threads; with another they would say nothing.
+        reach=(reach or {}) if used == threads else {},
+        copy_bytes=REWARDS_MOVED_PER_PAIR * items * dtype.itemsize if compare_copy else 0,
+        reach_bandwidth=reach_bandwidth,
+    )
     place = [] if used is None else [f"{used} thread{'s' * (used > 1)}"]
     return Case(
         name=", ".join([_count(items), str(dtype).removeprefix("torch."), *place, *[EVERY_OPTION] * every_option]),
@@ -123,11 +129,7 @@ def _case(
         leaves=leaves,
         contestants=racing,
         left_out=left_out,
-        step_bytes=REWARDS_MOVED_PER_PAIR * items * dtype.itemsize,
-        # What the targets were set for is one number of threads; with another they would say nothing.
-        reach=(reach or {}) if used == threads else {},
-        compare_copy=compare_copy,
-        reach_bandwidth=reach_bandwidth,
+        aims={FORWARD: Aim(), BOTH: whole},
         reach_launches=reach_launches,
         tolerance=2e-2 if dtype is torch.bfloat16 else 1e-5,
     )

@@ -1,4 +1,4 @@
-"""What a step takes: host time, GPU time, GPU memory and GPU launches."""
+"""What a step takes: host time, GPU time and GPU launches."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ class WallClock:
 
     def sample(self, step: Step) -> float:
         inner = self._inner.get(step)
-        if inner is None:
-            inner = self._inner[step] = self._steps_per_sample(step)
-        return self._run(step, inner) / inner
+        if inner is not None:
+            return self._run(step, inner) / inner
+        inner, seconds = self._first_sample(step)
+        self._inner[step] = inner
+        return seconds / inner
 
     def _run(self, step: Step, inner: int) -> float:
         self._wait()
@@ -45,11 +47,12 @@ class WallClock:
         self._wait()
         return (time.perf_counter_ns() - start) * 1e-9
 
-    def _steps_per_sample(self, step: Step) -> int:
+    def _first_sample(self, step: Step) -> tuple[int, float]:
+        """(how many steps make a sample, seconds of the first such)"""
         inner = 1
         while (seconds := self._run(step, inner)) < SAMPLE_SECONDS:
             inner = max(inner + 1, math.ceil(1.2 * inner * min(SAMPLE_SECONDS / seconds, 10)))
-        return inner
+        return inner, seconds
 
 
 class DeviceClock:
@@ -100,16 +103,6 @@ class DeviceClock:
 def clocks(device: torch.device) -> list[Clock]:
     """The clocks that tell something on a device, the one that users feel first."""
     return [WallClock(device), DeviceClock(device)] if device.type == "cuda" else [WallClock(device)]
-
-
-def peak_extra_bytes(step: Step) -> int:
-    """GPU memory a step takes at its worst moment beyond what was there before, gradients included."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def count_launches(step: Step) -> dict[str, Any]:

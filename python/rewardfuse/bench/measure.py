@@ -14,64 +14,24 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rewardfuse.bench.clocks import Clock, Step, clocks, count_launches, peak_extra_bytes, torch_threads
+from rewardfuse.bench.case import BACKWARD, BOTH, FORWARD, Aim, Case, Contestant
+from rewardfuse.bench.clocks import Clock, Step, clocks, count_launches, torch_threads
+from rewardfuse.bench.memory import memory_facts, peak_extra_bytes
 
 WARM_UP_ROUNDS = 3
 #: A contestant that has spent so long on a measurement leaves it, but not before it has this many samples; a quarter
 #: of that time ends its warm-up.
 SECONDS, FEWEST_ROUNDS = 2.0, 5
+#: The same of one whose steps take seconds.
+MANY_SECONDS, FEWEST_LONG_ROUNDS = 10.0, 3
 #: What a step finds in caches makes no difference to one as long as this.
 LONG_STEP_SECONDS = 0.05
-
-
-class Contestant(NamedTuple):
-    """One way to compute the loss of a case."""
-
-    name: str
-    forward: Callable[[], Tensor]  #: the 0-d loss, with its graph
-    scope: Callable[[], AbstractContextManager] = contextlib.nullcontext  #: what must hold while it runs
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the comparison. The first contestant is ours; the rest are its peers."""
-
-    name: str
-    device: torch.device
-    items: int
-    dtype: torch.dtype
-    threads: int | None  #: torch's threads on CPU
-    leaves: Sequence[Tensor]  #: what the backward pass fills the gradients of
-    contestants: Sequence[Contestant]
-    left_out: dict[str, str]  #: contestant to the reason why it does not take part
-    step_bytes: int  #: that forward + backward must move at least
-    reach: dict[str, float] = field(
-        default_factory=dict
-    )  #: peer to the share of its time (forward + backward) to reach
-    compare_copy: bool = False  #: also time a copy that moves step_bytes
-    reach_bandwidth: float | None = None  #: share of that copy's bandwidth to reach
-    reach_launches: int | None = None  #: GPU launches in forward + backward, torch's fill of the first gradient aside
-    tolerance: float = 1e-5  #: how far contestants may differ, relative to the largest value
-    #: after a backward pass, the gradients to compare; default: those of the leaves
-    gradients: Callable[[], Sequence[Tensor]] | None = None
-
-
-def forward_backward(contestant: Contestant, leaves: Sequence[Tensor]) -> Step:
-    """A training step's share: loss, gradients of the leaves, gradients dropped."""
-    forward = contestant.forward
-
-    def step() -> None:
-        forward().backward()
-        for leaf in leaves:
-            leaf.grad = None
-
-    return step
+COPY = "copy"
 
 
 class Race(NamedTuple):
@@ -79,30 +39,55 @@ class Race(NamedTuple):
 
     name: str
     step: Step
-    scope: Callable[[], AbstractContextManager]
+    scope: Callable[[], AbstractContextManager] = contextlib.nullcontext
+
+
+def step_of(contestant: Contestant, direction: str, leaves: Sequence[Tensor]) -> Step:
+    """What is timed of a contestant; gradients are dropped at once."""
+    forward = contestant.forward
+    graph: list[Tensor] = []
+
+    def backward() -> None:
+        if not graph:
+            graph.append(forward())
+        graph[0].backward(retain_graph=True)
+        for leaf in leaves:
+            leaf.grad = None
+
+    def both() -> None:
+        forward().backward()
+        for leaf in leaves:
+            leaf.grad = None
+
+    return {FORWARD: forward, BACKWARD: backward, BOTH: both}[direction]
 
 
 def take_turns(races: Sequence[Race], clock: Clock, rounds: int) -> dict[str, list[float]]:
     """Seconds per step of every contestant, one value a round; fewer of those that take long."""
     seconds: dict[str, list[float]] = {race.name: [] for race in races}
     spent = dict.fromkeys(seconds, 0.0)
+    last = dict.fromkeys(seconds, 0.0)
     with _no_garbage_collection():
         for turn in range(-WARM_UP_ROUNDS, rounds):
             for i in range(len(races)):
                 race = races[(i + turn) % len(races)]
-                samples = seconds[race.name]
-                limit, least = (SECONDS / 4, 0) if turn < 0 else (SECONDS, FEWEST_ROUNDS)
-                if spent[race.name] > limit and len(samples) >= least:
+                if _is_done(spent[race.name], len(seconds[race.name]), warming_up=turn < 0):
                     continue
                 started = time.perf_counter()
                 with race.scope():
-                    if not samples or samples[-1] < LONG_STEP_SECONDS:
+                    if last[race.name] < LONG_STEP_SECONDS:
                         race.step()  # finds again what entering the scope, or the contestant before, threw out
-                    sample = clock.sample(race.step)
+                    last[race.name] = clock.sample(race.step)
                 spent[race.name] += time.perf_counter() - started
                 if turn >= 0:
-                    samples.append(sample)
+                    seconds[race.name].append(last[race.name])
     return seconds
+
+
+def _is_done(spent: float, samples: int, *, warming_up: bool) -> bool:
+    if warming_up:
+        return spent > SECONDS / 4
+    return spent > SECONDS and samples >= (FEWEST_LONG_ROUNDS if spent > MANY_SECONDS else FEWEST_ROUNDS)
 
 
 def summarize(values: Sequence[float]) -> dict[str, float]:
@@ -118,42 +103,47 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
 
 
 def check_agreement(case: Case) -> None:
-    """Raises RuntimeError where contestants of a case do not compute the same loss and gradients."""
-    expected: list[Tensor] = []
+    """Raises RuntimeError where contestants of a case do not compute the same results and gradients; one that gives
+    fewer results than ours is held to those."""
+    expected: tuple[list[Tensor], list[Tensor]] | None = None
     for contestant in case.contestants:
-        with contestant.scope():
-            loss = contestant.forward()
-            loss.backward()
-        gradients = [leaf.grad for leaf in case.leaves] if case.gradients is None else case.gradients()
-        found = [loss.detach().double(), *(gradient.double() for gradient in gradients)]
-        for leaf in case.leaves:
-            leaf.grad = None
+        found = _results_and_gradients(case, contestant)
         expected = expected or found
-        for name, a, b in zip(("loss", *("gradient",) * len(gradients)), expected, found, strict=True):
-            scale = a.abs().max().item()
-            error = (a - b).abs().max().item()
-            if not error <= case.tolerance * scale:
-                raise RuntimeError(
-                    f"{case.name}: {contestant.name} and {case.contestants[0].name} compute different things: "
-                    f"{name} off by {error:.3g} where the largest is {scale:.3g}"
-                )
+        tolerances = case.tolerance, case.gradient_tolerance or case.tolerance
+        for what, tolerance, ours, theirs in zip(("result", "gradient"), tolerances, expected, found, strict=True):
+            for i, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+                scale, error = a.abs().max().item(), _distance(a, b)
+                if not error <= tolerance * scale:
+                    name = "loss" if what == "result" and i == 0 and case.leaves else f"{what} {i}"
+                    raise RuntimeError(
+                        f"{case.name}: {contestant.name} and {case.contestants[0].name} compute different things: "
+                        f"{name} off by {error:.3g} where the largest is {scale:.3g}"
+                    )
+
+
+def _results_and_gradients(case: Case, contestant: Contestant) -> tuple[list[Tensor], list[Tensor]]:
+    with contestant.scope():
+        results = [contestant.forward()] if contestant.outputs is None else list(contestant.outputs())
+        if not case.leaves:
+            return results, []
+        results[0].backward()
+    gradients = [leaf.grad for leaf in case.leaves] if case.gradients is None else list(case.gradients())
+    for leaf in case.leaves:
+        leaf.grad = None
+    return [result.detach() for result in results], gradients
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference; in pieces, because gradients may be as large as memory allows. NaN where there is one."""
+    pieces = zip(a.reshape(-1).split(1 << 24), b.reshape(-1).split(1 << 24), strict=True)
+    return torch.stack([(x.double() - y.double()).abs().max() for x, y in pieces]).max().item()
 
 
 def run_case(case: Case, rounds: int) -> dict[str, Any]:
     """Everything measured of one case, ready for JSON."""
     with torch_threads(case.threads):
         check_agreement(case)
-        directions = {
-            "forward": [Race(c.name, c.forward, c.scope) for c in case.contestants],
-            "forward + backward": [Race(c.name, forward_backward(c, case.leaves), c.scope) for c in case.contestants],
-        }
-        if case.compare_copy:
-            directions["forward + backward"].append(Race("copy", copy_step(case), contextlib.nullcontext))
-        measurements = [
-            _measure(case, direction, races, clock, rounds)
-            for clock in clocks(case.device)
-            for direction, races in directions.items()
-        ]
+        measurements = [m for direction in case.aims for m in _measure_direction(case, direction, rounds)]
         result = {
             "name": case.name,
             "device": case.device.type,
@@ -164,19 +154,34 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
             "left_out": case.left_out,
         }
         if case.device.type == "cuda":
-            result.update(_gpu_facts(case, directions["forward + backward"]))
+            result["launches"] = _count_launches(case)
     return result
 
 
-def _measure(case: Case, direction: str, races: Sequence[Race], clock: Clock, rounds: int) -> dict[str, Any]:
-    seconds = take_turns(races, clock, rounds)
+def _measure_direction(case: Case, direction: str, rounds: int) -> list[dict[str, Any]]:
+    """One measurement a clock; peaks of memory stand with the first."""
+    aim = case.aims[direction]
+    racing = [c for c in case.contestants if direction != BACKWARD or c.apart]
+    races = [Race(c.name, step_of(c, direction, case.leaves), c.scope) for c in racing]
+    beside = [Race(name, step) for name, step in aim.beside.items()]
+    if aim.copy_bytes:
+        beside.append(Race(COPY, copy_step(aim.copy_bytes, case.device)))
+    measurements = [_measure(aim, direction, races, beside, clock, rounds) for clock in clocks(case.device)]
+    if case.device.type == "cuda" or aim.memory is not None:
+        measurements[0]["memory"] = memory_facts(case, aim.memory, {r.name: _peak(r, case.device) for r in races})
+    return measurements
+
+
+def _measure(
+    aim: Aim, direction: str, races: Sequence[Race], beside: Sequence[Race], clock: Clock, rounds: int
+) -> dict[str, Any]:
+    seconds = take_turns([*races, *beside], clock, rounds)
     ours = races[0].name
-    whole = direction == "forward + backward"
     against = {}
-    for peer in (race.name for race in races[1:]):
+    for peer in (name for name in seconds if name != ours):
         against[peer] = ratios(seconds[ours], seconds[peer])
-        if whole and peer in case.reach:
-            against[peer] |= {"reach": case.reach[peer], "reached": against[peer]["median"] <= case.reach[peer]}
+        if peer in aim.reach:
+            against[peer] |= {"reach": aim.reach[peer], "reached": against[peer]["median"] <= aim.reach[peer]}
     measurement: dict[str, Any] = {
         "direction": direction,
         "clock": clock.name,
@@ -184,42 +189,47 @@ def _measure(case: Case, direction: str, races: Sequence[Race], clock: Clock, ro
         "rounds": rounds,
         "seconds": {name: summarize(values) for name, values in seconds.items()},
         "ratio_to": against,
+        "beside": [race.name for race in beside],
     }
-    if "copy" in seconds:
-        share = ratios(seconds["copy"], seconds[ours])
-        if case.reach_bandwidth is not None:
-            share |= {"reach": case.reach_bandwidth, "reached": share["median"] >= case.reach_bandwidth}
+    if COPY in seconds:
+        share = ratios(seconds[COPY], seconds[ours])
+        if aim.reach_bandwidth is not None:
+            share |= {"reach": aim.reach_bandwidth, "reached": share["median"] >= aim.reach_bandwidth}
         measurement["bandwidth"] = {
-            "bytes": case.step_bytes,
-            "bytes_per_second": case.step_bytes / measurement["seconds"][ours]["median"],
-            "copy_bytes_per_second": case.step_bytes / measurement["seconds"]["copy"]["median"],
+            "bytes": aim.copy_bytes,
+            "bytes_per_second": aim.copy_bytes / measurement["seconds"][ours]["median"],
+            "copy_bytes_per_second": aim.copy_bytes / measurement["seconds"][COPY]["median"],
             "share_of_copy": share,
         }
     return measurement
 
 
-def copy_step(case: Case) -> Step:
-    """A copy that reads and writes, together, as many bytes as the case must move."""
-    source = torch.zeros(case.step_bytes // 2, dtype=torch.uint8, device=case.device)
+def copy_step(size: int, device: torch.device) -> Step:
+    """A copy that reads and writes, together, so many bytes."""
+    source = torch.zeros(size // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
-def _gpu_facts(case: Case, races: Sequence[Race]) -> dict[str, Any]:
-    """Launches and peak extra memory of forward + backward."""
+def _peak(race: Race, device: torch.device) -> int:
+    with race.scope():
+        race.step()
+        return peak_extra_bytes(race.step, device)
+
+
+def _count_launches(case: Case) -> dict[str, Any]:
+    """GPU launches of a whole step."""
+    direction = BOTH if case.leaves else FORWARD
     launches: dict[str, Any] = {}
-    peak: dict[str, int] = {}
-    for race in races:
-        if race.name == "copy":
-            continue
-        with race.scope():
-            race.step()
-            peak[race.name] = peak_extra_bytes(race.step)
-            launches[race.name] = count_launches(race.step)
+    for contestant in case.contestants:
+        step = step_of(contestant, direction, case.leaves)
+        with contestant.scope():
+            step()
+            launches[contestant.name] = count_launches(step)
     if case.reach_launches is not None:
-        ours = launches[races[0].name]
+        ours = launches[case.contestants[0].name]
         ours |= {"reach": case.reach_launches, "reached": ours["without_fill"] <= case.reach_launches}
-    return {"launches": launches, "peak_extra_bytes": peak}
+    return launches
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import rewardfuse
+from rewardfuse.bench.case import BOTH, FORWARD, Aim, Case, Contestant
 from rewardfuse.bench.contestants import Settings, bind, contestants
-from rewardfuse.bench.measure import Case, Contestant
 
 NOTE = (
     "torch is (scores.flip(-1).logcumsumexp(-1).flip(-1) - scores).sum(-1).mean(), after a gather where an order is\n"
@@ -158,6 +158,8 @@ def _case(
     besides: Mapping[str, Callable[..., Tensor]] | None = None,
     without: Mapping[str, str] | None = None,
     reach: dict[str, float] | None = None,
+    compare_copy: bool = False,
+    reach_bandwidth: float | None = None,
     **options: Any,
 ) -> Case:
     """A case on two threads on CPU; `besides` are further calls of this library to hold `ours` against."""
@@ -165,6 +167,12 @@ def _case(
     racing, left_out = contestants(settings.device, used, ours, line, tensors, without)
     racing[1:1] = [Contestant(key, bind(call, tensors), racing[0].scope) for key, call in (besides or {}).items()]
     scores = leaves[0]
+    whole = Aim(
+        # What the targets were set for is two threads; with another number they would say nothing.
+        reach=(reach or {}) if used in (None, 2) else {},
+        copy_bytes=SCORES_MOVED * scores.numel() * scores.element_size() if compare_copy else 0,
+        reach_bandwidth=reach_bandwidth,
+    )
     place = [] if used is None else [f"{used} thread{'s' * (used > 1)}"]
     return Case(
         name=", ".join([name, str(scores.dtype).removeprefix("torch."), *place]),
@@ -175,9 +183,7 @@ def _case(
         leaves=leaves,
         contestants=racing,
         left_out=left_out,
-        step_bytes=SCORES_MOVED * scores.numel() * scores.element_size(),
-        # What the targets were set for is two threads; with another number they would say nothing.
-        reach=(reach or {}) if used in (None, 2) else {},
+        aims={FORWARD: Aim(), BOTH: whole},
         **options,
     )
 
