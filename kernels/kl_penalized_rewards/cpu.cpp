@@ -48,8 +48,14 @@ RF_HD void for_each_register(int64_t end, F&& f) {
   if (column < end) f(column, end - column);
 }
 
+// Tokens side by side and scores by the row: the loops are loads, maths and stores alone.
+RF_HD bool is_plain(const Problem& problem) {
+  return problem.logprobs.inner_stride == 1 && problem.ref_logprobs.inner_stride == 1 &&
+         (problem.mask.data == nullptr || problem.mask.inner_stride == 1) && !problem.token_scores;
+}
+
 // The tokens of one row.
-template <class T, class S>
+template <class T, class S, bool plain>
 struct Row {
   using V = typename Lanes<T>::Reg;
   using Mask = typename Lanes<T>::Mask;
@@ -62,9 +68,9 @@ struct Row {
       : logprobs(static_cast<const S*>(problem.logprobs.data) + r * problem.logprobs.outer_stride),
         ref_logprobs(static_cast<const S*>(problem.ref_logprobs.data) + r * problem.ref_logprobs.outer_stride),
         mask(static_cast<const uint8_t*>(problem.mask.data)),
-        stride(problem.logprobs.inner_stride),
-        ref_stride(problem.ref_logprobs.inner_stride),
-        mask_stride(problem.mask.inner_stride) {
+        stride(plain ? 1 : problem.logprobs.inner_stride),
+        ref_stride(plain ? 1 : problem.ref_logprobs.inner_stride),
+        mask_stride(plain ? 1 : problem.mask.inner_stride) {
     last = problem.size - 1;
     if (mask == nullptr) return;
     mask += r * problem.mask.outer_stride;
@@ -103,21 +109,22 @@ RF_HD T at(const Operand& operand, int64_t r, int64_t column = 0) {
 }
 
 // Gradients come in the accumulation type.
-template <class V, class Count>
+template <class V, bool plain, class Count>
 RF_HD V load_gradient(const Operand& operand, int64_t r, int64_t column, Count count) {
   const auto* const row = static_cast<const lane_t<V>*>(operand.data) + r * operand.outer_stride;
-  return load_as<V>(row + column * operand.inner_stride, operand.inner_stride, count);
+  const int64_t stride = plain ? 1 : operand.inner_stride;
+  return load_as<V>(row + column * stride, stride, count);
 }
 
 RF_HD bool missed(const Problem& problem, int64_t r) {
   return problem.ended.data && static_cast<const uint8_t*>(problem.ended.data)[r * problem.ended.outer_stride] == 0;
 }
 
-template <class T, class S>
+template <class T, class S, bool plain>
 void forward_row(const Problem& problem, const ApproxKl<T>& model, double beta, int64_t r, const Results& out,
                  Totals& totals) {
   using V = typename Lanes<T>::Reg;
-  const Row<T, S> row(problem, r);
+  const Row<T, S, plain> row(problem, r);
   const int64_t end = row.last + 1;
   T* const rewards = static_cast<T*>(out.rewards) + r * problem.size;
   T* const kl = static_cast<T*>(out.kl) + r * problem.size;
@@ -135,7 +142,7 @@ void forward_row(const Problem& problem, const ApproxKl<T>& model, double beta, 
     const auto valid = row.valid(column, count);
     const V estimate = valid ? model.value(row.x(column, count)) : V{};
     V score{};
-    if (problem.token_scores) {
+    if (!plain && problem.token_scores) {
       const V given = load<V>(problem.scores, r, column, count);
       score = valid ? shape.clamped(given) : V{};
       if (column + count == end) score[count - 1] = shape(given[count - 1], is_missed);
@@ -158,10 +165,10 @@ void forward_row(const Problem& problem, const ApproxKl<T>& model, double beta, 
   totals.add({sum, score, reward, sum_lanes(tokens), 1});
 }
 
-template <class T, class S>
+template <class T, class S, bool plain>
 void backward_row(const Problem& problem, const ApproxKl<T>& model, T beta, int64_t r, const Gradients& out) {
   using V = typename Lanes<T>::Reg;
-  const Row<T, S> row(problem, r);
+  const Row<T, S, plain> row(problem, r);
   const int64_t end = row.last + 1;
   S* const to = static_cast<S*>(out.logprobs) + r * problem.size;
   __builtin_memset(static_cast<void*>(to + end), 0, (problem.size - end) * sizeof(S));
@@ -169,8 +176,8 @@ void backward_row(const Problem& problem, const ApproxKl<T>& model, T beta, int6
   const T whole = at<T>(out.sequence_kl, r) - (of_rewards ? beta * at<T>(out.sequence_reward, r) : T(0));
   for_each_register<T>(end, [&](int64_t column, auto count) __attribute__((always_inline)) {
     V gradient = V{} + whole;
-    if (out.kl.data) gradient += load_gradient<V>(out.kl, r, column, count);
-    if (of_rewards && out.rewards.data) gradient -= beta * load_gradient<V>(out.rewards, r, column, count);
+    if (out.kl.data) gradient += load_gradient<V, plain>(out.kl, r, column, count);
+    if (of_rewards && out.rewards.data) gradient -= beta * load_gradient<V, plain>(out.rewards, r, column, count);
     gradient *= model.slope(row.x(column, count));
     store_as(to + column, row.valid(column, count) ? gradient : V{}, count);
   });
@@ -180,7 +187,7 @@ void backward_row(const Problem& problem, const ApproxKl<T>& model, T beta, int6
 template <class T, class S>
 void backward_scores(const Problem& problem, int64_t r, const Gradients& out) {
   using V = typename Lanes<T>::Reg;
-  const Row<T, S> row(problem, r);
+  const Row<T, S, false> row(problem, r);
   const int64_t end = row.last + 1;
   const ScoreShape<T> shape(problem);
   const bool is_missed = missed(problem, r);
@@ -209,8 +216,10 @@ void forward(const Problem& problem, const Results& out, int64_t begin, int64_t 
   with_rewards(problem.dtype, [&](auto acc, auto storage) {
     using T = decltype(acc);
     const ApproxKl<T> model(problem.options);
+    using S = decltype(storage);
     const double beta = at<double>(problem.kl_coef, 0);
-    for (int64_t r = begin; r < end; ++r) forward_row<T, decltype(storage)>(problem, model, beta, r, out, totals);
+    const auto row = is_plain(problem) ? &forward_row<T, S, true> : &forward_row<T, S, false>;
+    for (int64_t r = begin; r < end; ++r) row(problem, model, beta, r, out, totals);
   });
 }
 
@@ -220,8 +229,11 @@ void backward(const Problem& problem, const Gradients& out, int64_t begin, int64
     using S = decltype(storage);
     const ApproxKl<T> model(problem.options);
     const T beta = T(at<double>(problem.kl_coef, 0));
+    const bool plain = is_plain(problem) && (out.kl.data == nullptr || out.kl.inner_stride == 1) &&
+                       (out.rewards.data == nullptr || out.rewards.inner_stride == 1);
+    const auto row = plain ? &backward_row<T, S, true> : &backward_row<T, S, false>;
     for (int64_t r = begin; r < end; ++r) {
-      if (out.logprobs) backward_row<T, S>(problem, model, beta, r, out);
+      if (out.logprobs) row(problem, model, beta, r, out);
       if (out.scores) backward_scores<T, S>(problem, r, out);
     }
   });
