@@ -157,7 +157,7 @@ struct Kernel {
 };
 
 // Prepares memory that a kernel is about to write for the first time; true where it is larger than the caches. Such an
-// allocation comes as fresh pages: in huge ones they cost a fifth of the time.
+// allocation comes as fresh pages: in huge ones they take a third of the time.
 inline bool prepare_large(const at::Tensor& t) {
   constexpr size_t kLarge = size_t{32} << 20;
   if (t.nbytes() < kLarge) return false;

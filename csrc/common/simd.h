@@ -185,7 +185,7 @@ RF_HD V exp2_any(V x) {
   constexpr int degree = sizeof(series.terms) / sizeof(T) - 1;
 #ifdef __AVX512F__
   constexpr int floor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-  V whole;  // not _mm512_reduce, which keeps a multiplier busy
+  V whole;
   if constexpr (f32) whole = (V)_mm512_roundscale_ps((__m512)x, floor);
   if constexpr (!f32) whole = (V)_mm512_roundscale_pd((__m512d)x, floor);
   const V f = x - whole;
