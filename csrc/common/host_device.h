@@ -29,6 +29,25 @@ RF_HD double exp_nonpositive(double x) { return exp(x); }
 RF_HD float expm1_nonpositive(float x) { return expm1f(x); }
 RF_HD double expm1_nonpositive(double x) { return expm1(x); }
 
+template <int n>
+constexpr double kInverseFactorial = kInverseFactorial<n - 1> / n;
+template <>
+constexpr double kInverseFactorial<1> = 1;
+
+// Σ x^k/(n + k)! to 1/last!
+template <int n, int last, class T>
+RF_HD T inverse_factorials(T x) {
+  constexpr T coefficient = T(kInverseFactorial<n>);
+  if constexpr (n == last)
+    return coefficient;
+  else
+    return inverse_factorials<n + 1, last>(x) * x + coefficient;
+}
+
+// exp(x) − 1 − x for x ≤ 80, relatively accurate around x = 0.
+RF_HD float expm1_minus_x(float x) { return fabsf(x) <= 1.0f ? x * x * inverse_factorials<2, 11>(x) : expm1f(x) - x; }
+RF_HD double expm1_minus_x(double x) { return fabs(x) <= 1.0 ? x * x * inverse_factorials<2, 19>(x) : expm1(x) - x; }
+
 // log(x) for x ≥ 0; log(0) = −inf.
 RF_HD float log_nonnegative(float x) { return logf(x); }
 RF_HD double log_nonnegative(double x) { return log(x); }

@@ -82,20 +82,24 @@ RF_HD V polynomial(V x, const T (&c)[terms]) {
   }
 }
 
-// expm1(r)/r on |r| ≤ ln 2 / 2, and atanh(s)/s in s² on s ≤ 1/3: in float32 the polynomials of least relative error
-// (1.1e-8 and 4e-9), in float64 the Taylor series.
+// expm1(r)/r on |r| ≤ ln 2 / 2, (expm1(r) − r)/r² on |r| ≤ ln 2, and atanh(s)/s in s² on s ≤ 1/3: in float32 the
+// polynomials of least relative error (1.1e-8, 1.2e-8 and 4e-9), in float64 the Taylor series.
 template <class T>
 struct Coefficients {
-  T expm1[13], atanh[17];
-  constexpr Coefficients() : expm1{}, atanh{} {
+  T expm1[13], expm1_minus_r[17], atanh[17];
+  constexpr Coefficients() : expm1{}, expm1_minus_r{}, atanh{} {
     T factorial = 1;
     for (int k = 0; k < 13; ++k) expm1[k] = 1 / (factorial *= k + 1);
+    factorial = 1;
+    for (int k = 0; k < 17; ++k) expm1_minus_r[k] = 1 / (factorial *= k + 2);
     for (int k = 0; k < 17; ++k) atanh[k] = T(1) / (2 * k + 1);
   }
 };
 template <>
 struct Coefficients<float> {
   float expm1[6] = {1, 0.49999997f, 0.166665062f, 0.0416671373f, 0.00836907607f, 0.00138888729f};
+  float expm1_minus_r[7] = {0.5f,           0.166666701f,    0.0416666567f,  0.00833278988f,
+                            0.00138893141f, 0.000200718117f, 2.48896868e-05f};
   float atanh[5] = {1, 0.333331585f, 0.200124547f, 0.139803007f, 0.140891671f};
 };
 
@@ -140,15 +144,16 @@ struct ExpParts {
   using Mask = typename Lanes<T>::Mask;
   static constexpr bool f32 = sizeof(T) == 4;
   static constexpr T round_to_int = f32 ? T(12582912) : T(6755399441055744);  // 1.5·2^23, 1.5·2^52
+  static constexpr T log2_e = T(1.44269504088896340736);
+  static constexpr T ln2_high = f32 ? T(0.693359375) : T(6.93145751953125e-1);
+  static constexpr T ln2_low = f32 ? T(-2.12194440054690583e-4) : T(1.42860682030941723212e-6);
   V expm1_r, shifted, n;
 
   RF_HD explicit ExpParts(V x) {
     constexpr T lowest = f32 ? T(-104) : T(-746);
-    constexpr T ln2_high = f32 ? T(0.693359375) : T(6.93145751953125e-1);
-    constexpr T ln2_low = f32 ? T(-2.12194440054690583e-4) : T(1.42860682030941723212e-6);
     constexpr Coefficients<T> series;
     x = at_least(x, lowest);
-    shifted = x * T(1.44269504088896340736) + round_to_int;
+    shifted = x * log2_e + round_to_int;
     n = shifted - round_to_int;
     const V r = (x - n * ln2_high) - n * ln2_low;
     expm1_r = polynomial(r, series.expm1) * r;
@@ -214,6 +219,23 @@ RF_HD V expm1_nonpositive(V x) {
   const ExpParts<V> parts(at_least(x, -64));  // there −1 to the last bit, and 2^n is normal
   const V scale = parts.power_of_two(parts.exponent());
   return scale * parts.expm1_r + (scale - 1.0f);
+}
+
+// Around 0, where the terms cancel, n stays 0 as far as |x| ≤ ln 2.
+template <class V, class = decltype(V{}[0])>
+RF_HD V expm1_minus_x(V x) {
+  using Parts = ExpParts<V>;
+  using T = lane_t<V>;
+  constexpr Coefficients<T> series;
+  const V y = at_least(x, -64);  // there expm1 is −1 to the last bit, and 2^n is normal
+  const auto is_near = magnitude(y) <= T(0.69314718055994530942);
+  const V shifted = is_near ? broadcast(Parts::round_to_int) : y * Parts::log2_e + Parts::round_to_int;
+  const V n = shifted - Parts::round_to_int;
+  const V r = (y - n * Parts::ln2_high) - n * Parts::ln2_low;
+  const V near = polynomial(r, series.expm1_minus_r) * (r * r);
+  const V scale =
+      Parts::power_of_two((typename Lanes<T>::Mask)shifted - (typename Lanes<T>::Mask)broadcast(Parts::round_to_int));
+  return is_near ? near : (scale * (near + r) + (scale - 1.0f)) - x;
 }
 
 // log(1 + x) = 2·atanh(s), s = x / (2 + x) ≤ 1/3: the odd series needs no range reduction.

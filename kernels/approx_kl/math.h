@@ -3,8 +3,7 @@
 //   k1 = x,   k2 = x²/2,   k3 = e^{−x} − 1 + x,   abs = |x|
 //
 // k3 saturates: below x = −80 it stays what it is there, finite in float32, and its derivative is 0. Its terms cancel
-// near 0, so for |x| ≤ 1 it is the series x²·Σ (−x)^n/(n + 2)!, beyond expm1(−x) + x. For |x| ≤ 80 it is off by at most
-// 4 units in the last place.
+// near 0, where it is a series; it is off by at most 4 units in the last place.
 //
 // Bounds belong to what a clamp lets through; a NaN is outside of nothing.
 #pragma once
@@ -15,17 +14,13 @@ namespace rewardfuse::REWARDFUSE_TARGET {
 
 enum class KlEstimator : int8_t { kOfValue = -1, kK1, kK2, kK3, kAbs };  // kOfValue: for a gradient, the value's own
 
-template <int n>
-constexpr double kFactorial = n * kFactorial<n - 1>;
-template <>
-constexpr double kFactorial<1> = 1;
-
 template <class T>
 struct ApproxKl {
   static constexpr float kSaturation = -80.0f;
 
   KlEstimator of_value, of_gradient;
   T input_low, input_high, output_low, output_high;
+  bool clamps_input, clamps_output;
 
   RF_HD explicit ApproxKl(const double* options)
       : of_value(KlEstimator(int8_t(options[0]))),
@@ -33,7 +28,9 @@ struct ApproxKl {
         input_low(T(options[2])),
         input_high(T(options[3])),
         output_low(T(options[4])),
-        output_high(T(options[5])) {}
+        output_high(T(options[5])),
+        clamps_input(input_low > -T(INFINITY) || input_high < T(INFINITY)),
+        clamps_output(output_low > -T(INFINITY) || output_high < T(INFINITY)) {}
 
   template <class V>
   static RF_HD V clamp(V x, T low, T high) {
@@ -46,23 +43,9 @@ struct ApproxKl {
     return (x < low) | (x > high);
   }
 
-  // Σ x^{2k}/(n + 2k)! as far as T tells on |x| ≤ 1.
-  template <int n, class V>
-  static RF_HD V series(V square) {
-    constexpr int kLast = sizeof(T) == 4 ? 11 : 19;
-    constexpr T coefficient = T(1 / kFactorial<n>);
-    if constexpr (n + 2 > kLast)
-      return V{} + coefficient;
-    else
-      return series<n + 2>(square) * square + coefficient;
-  }
-
   template <class V>
   static RF_HD V k3(V x) {
-    x = x < kSaturation ? V{} + kSaturation : x;
-    const V square = x * x;
-    const V near = square * (series<2>(square) - series<3>(square) * x);
-    return magnitude(x) <= 1.0f ? near : expm1_nonpositive(-x) + x;
+    return expm1_minus_x(x < kSaturation ? V{} - kSaturation : -x);
   }
 
   template <class V>
@@ -90,23 +73,27 @@ struct ApproxKl {
   // The value before the weight and the output clamp; the value.
   template <class V>
   RF_HD V unweighted(V x) const {
-    return estimate(clamp(x, input_low, input_high));
+    return estimate(clamps_input ? clamp(x, input_low, input_high) : x);
   }
   template <class V>
-  RF_HD V value(V x) const {
-    return clamp(unweighted(x), output_low, output_high);
+  RF_HD V value(V x, V w) const {
+    const V v = w * unweighted(x);
+    return clamps_output ? clamp(v, output_low, output_high) : v;
   }
 
-  // d value/d x of what has weight 1, and of what has weight w.
-  template <class V>
-  RF_HD V slope(V x) const {
-    return slope(x, V{} + 1.0f);
-  }
+  // d value/d x and d value/d w.
   template <class V>
   RF_HD V slope(V x, V w) const {
     if (of_gradient != KlEstimator::kOfValue) return w * derivative(of_gradient, x);
-    const V v = w * unweighted(x);
-    return outside(x, input_low, input_high) | outside(v, output_low, output_high) ? V{} : w * derivative(of_value, x);
+    V slope = w * derivative(of_value, x);
+    if (clamps_input) slope = outside(x, input_low, input_high) ? V{} : slope;
+    if (clamps_output) slope = outside(w * unweighted(x), output_low, output_high) ? V{} : slope;
+    return slope;
+  }
+  template <class V>
+  RF_HD V slope_of_weight(V x, V w) const {
+    const V v = unweighted(x);
+    return outside(w * v, output_low, output_high) ? V{} : v;
   }
 
   // As a model of pairs (pairwise/args.h): a = log π, b = log ρ, p = the importance weight w, no q.
@@ -118,16 +105,15 @@ struct ApproxKl {
 
   template <class V>
   RF_HD V loss(V logprob, V ref_logprob, V w, V /*q*/) const {
-    return clamp(w * unweighted(logprob - ref_logprob), output_low, output_high);
+    return value(logprob - ref_logprob, w);
   }
 
   template <class V>
   RF_HD void gradient(V logprob, V ref_logprob, V w, V /*q*/, V& d_logprob, V& d_ref_logprob, V& d_w) const {
     const V x = logprob - ref_logprob;
-    const V plain = unweighted(x);
     d_logprob = slope(x, w);
     d_ref_logprob = V{};
-    d_w = outside(w * plain, output_low, output_high) ? V{} : plain;
+    d_w = slope_of_weight(x, w);
   }
 };
 

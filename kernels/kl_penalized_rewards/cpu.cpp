@@ -28,6 +28,13 @@ struct LaneSums {
   Wide sums[kParts] = {};
 
   RF_HD void add(typename Lanes<T>::Reg x) {
+#ifdef __AVX512F__
+    if constexpr (kParts == 2) {  // what GCC makes of the rest goes through memory
+      sums[0] += (Wide)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
+      sums[1] += (Wide)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
+      return;
+    }
+#endif
     Part parts[kParts];
     __builtin_memcpy(parts, &x, sizeof(x));
     for (int i = 0; i < kParts; ++i) sums[i] += __builtin_convertvector(parts[i], Wide);
@@ -46,6 +53,23 @@ RF_HD void for_each_register(int64_t end, F&& f) {
   int64_t column = 0;
   for (; column + lanes <= end; column += lanes) f(column, lanes);
   if (column < end) f(column, end - column);
+}
+
+// −1 (all bits) where the first `count` lanes of a mask are true.
+template <class T>
+RF_HD typename Lanes<T>::Mask true_lanes(const uint8_t* mask, int64_t count) {
+  using Mask = typename Lanes<T>::Mask;
+#ifdef __AVX512F__
+  const unsigned first = count >= Lanes<T>::count ? (1u << Lanes<T>::count) - 1 : (1u << count) - 1;
+  const __m128i bytes = _mm_maskz_loadu_epi8(first, mask);
+  const unsigned valid = _mm_test_epi8_mask(bytes, bytes);
+  if constexpr (sizeof(T) == 4) return (Mask)_mm512_movm_epi32(valid);
+  if constexpr (sizeof(T) == 8) return (Mask)_mm512_movm_epi64(valid);
+#else
+  typename Packed<uint8_t, Lanes<T>::count>::type bytes{};
+  __builtin_memcpy(&bytes, mask, count >= Lanes<T>::count ? sizeof(bytes) : count);
+  return __builtin_convertvector(bytes, Mask) != 0;
+#endif
 }
 
 // Tokens side by side and scores by the row: the loops are loads, maths and stores alone.
@@ -92,14 +116,10 @@ struct Row {
   template <class Count>
   RF_HD Mask valid(int64_t column, Count count) const {
     if (mask == nullptr) return first_lanes<T>(count);
-    using Bytes = typename Packed<uint8_t, Lanes<T>::count>::type;
-    Bytes raw{};
-    if (count >= Lanes<T>::count && mask_stride == 1) {
-      __builtin_memcpy(&raw, mask + column, sizeof(raw));
-    } else {
-      for (int j = 0; j < count; ++j) raw[j] = mask[(column + j) * mask_stride];
-    }
-    return __builtin_convertvector(raw, Mask) != 0;
+    if (mask_stride == 1) return true_lanes<T>(mask + column, count);
+    Mask valid{};
+    for (int j = 0; j < count; ++j) valid[j] = -(mask[(column + j) * mask_stride] != 0);
+    return valid;
   }
 };
 
@@ -140,7 +160,7 @@ void forward_row(const Problem& problem, const ApproxKl<T>& model, double beta, 
   typename Lanes<T>::Mask tokens{};
   for_each_register<T>(end, [&](int64_t column, auto count) __attribute__((always_inline)) {
     const auto valid = row.valid(column, count);
-    const V estimate = valid ? model.value(row.x(column, count)) : V{};
+    const V estimate = valid ? model.value(row.x(column, count), V{} + 1.0f) : V{};
     V score{};
     if (!plain && problem.token_scores) {
       const V given = load<V>(problem.scores, r, column, count);
@@ -178,7 +198,7 @@ void backward_row(const Problem& problem, const ApproxKl<T>& model, T beta, int6
     V gradient = V{} + whole;
     if (out.kl.data) gradient += load_gradient<V, plain>(out.kl, r, column, count);
     if (of_rewards && out.rewards.data) gradient -= beta * load_gradient<V, plain>(out.rewards, r, column, count);
-    gradient *= model.slope(row.x(column, count));
+    gradient *= model.slope(row.x(column, count), V{} + 1.0f);
     store_as(to + column, row.valid(column, count) ? gradient : V{}, count);
   });
 }

@@ -126,7 +126,7 @@ __device__ __forceinline__ void forward_row(const Problem& problem, const Result
         score = options.shape(load<T>(problem.scores, r, column + j), missed && column + j == hit);
         found.score += score;
       }
-      estimate.item[j] = options.model.value(x.item[j]);
+      estimate.item[j] = options.model.value(x.item[j], T(1));
       reward.item[j] = kl_penalized(score, static_cast<T>(options.beta), estimate.item[j]);
       found.kl += estimate.item[j];
       found.last = column + j;
@@ -196,7 +196,7 @@ __device__ __forceinline__ void backward_row(const Problem& problem, const Gradi
       if (beta != T(0)) add_gradient(out.rewards, r, column, -beta, gradient);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        if (valid[j]) result.item[j] = narrow<S>(gradient.item[j] * options.model.slope(x.item[j]));
+        if (valid[j]) result.item[j] = narrow<S>(gradient.item[j] * options.model.slope(x.item[j], T(1)));
       }
     }
     *reinterpret_cast<Vector<S, kWidth>*>(to + column) = result;
