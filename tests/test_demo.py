@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from rewardfuse.byte_tokenizer import byte_tokenizer
 from rewardfuse.demo import rankings as ranking_demo
 from rewardfuse.demo import world
 from rewardfuse.demo.__main__ import main
+from rewardfuse.demo.plot import draw_policies
+from rewardfuse.demo.policy import Policy, imitate, oracle_rewards
 from rewardfuse.demo.rankings import RankingOptions, compare_losses, mean_with_interval, sample_rankings
-from rewardfuse.demo.report import ranking_notes, ranking_rows
-from rewardfuse.demo.setting import hold_out, longest_text, word_tokenizer
+from rewardfuse.demo.report import policy_notes, policy_rows, ranking_notes, ranking_rows
+from rewardfuse.demo.rloo import MEASURES, Judges, PolicyOptions, compare_kl_coefs, rloo_advantages
+from rewardfuse.demo.setting import hold_out, longest_text, model_config, word_tokenizer
 from rewardfuse.evaluation import log_likelihood, pair_accuracy
 from rewardfuse.reward_model import RewardModel
 
@@ -127,7 +131,7 @@ def test_same_seed_same_report_and_all_files_are_there(tmp_path, capsys):
         assert report == json.loads((tmp_path / name / "report.json").read_text(encoding="utf-8"))
         del report["seconds"], report["options"]["output_dir"]
         reports.append(report)
-        for picture in ("demo.png", "rankings.png"):
+        for picture in ("demo.png", "rankings.png", "goodhart.png"):
             assert (tmp_path / name / picture).read_bytes().startswith(b"\x89PNG")
     model = RewardModel.from_pretrained(tmp_path / "a" / "model")
     assert sum(p.numel() for p in model.parameters()) == reports[0]["options"]["parameters"]
@@ -136,6 +140,10 @@ def test_same_seed_same_report_and_all_files_are_there(tmp_path, capsys):
     assert reports[0]["model"] != reports[0]["untrained"]
     taus = [row["kendall_tau_within_prompt"] for row in reports[0]["rankings"]["losses"].values()]
     assert len({value for tau in taus for value in tau["values"]}) == 6  # no model is another one's copy
+    runs = reports[0]["policy"]["runs"]
+    assert [run["kl_coef"] for run in runs] == [0.0, 0.01, 0.1]
+    assert [point["step"] for point in runs[0]["curve"]] == [0, 1, 3, 4]
+    assert len({run["end"]["learned_reward"]["mean"] for run in runs}) == 3  # no policy is another one's copy
     best = reports[0]["best_possible"]
     assert reports[0]["model"]["expected_accuracy_labels"] <= best["expected_accuracy_labels"]
     assert reports[0]["model"]["expected_log_likelihood"] <= best["expected_log_likelihood"]
@@ -247,6 +255,130 @@ def test_a_difference_is_called_one_that_its_interval_does_not_show():
 def test_a_comparison_that_cannot_be_even_is_not_refused(change, message):
     with pytest.raises(ValueError, match=message):
         RankingOptions(**change)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    tokenizer = byte_tokenizer()
+    policy = Policy(model_config(tokenizer, hidden_size=16, layers=1, heads=2), tokenizer, seed=2)
+    imitate(policy, WISHES, np.random.default_rng(3), steps=40, batch_size=16, learning_rate=1e-2, progress=False)
+    return policy.requires_grad_(False)
+
+
+WISHES = np.array([[0, 1, 2], [3, 0, 1], [2, 2, 2], [1, 3, 0]])
+
+
+def test_an_answer_is_not_the_text_that_was_given_to_imitate(policy):
+    answers = world.sample_answers(np.repeat(WISHES, 25, axis=0), np.random.default_rng(4))
+    responses = policy.examples(answers)
+    assert responses.texts() == list(answers.texts())
+    rewards, is_answer = oracle_rewards(answers.wish, responses.texts())
+    assert is_answer.all()
+    np.testing.assert_array_equal(rewards, world.oracle_reward(answers))
+    tokenizer = byte_tokenizer()
+    whole = ["".join(both) for both in zip(answers.prompts(), answers.texts(), strict=True)]
+    assert responses.sequences(tokenizer.eos_token_id) == tokenizer(whole)["input_ids"]
+
+
+def test_a_text_that_is_no_answer_is_worth_more_than_the_worst_answer():
+    for text in ("", "2 tea+jam", "2 tea+jam. ", "2 tea+jam. Thanks! Thanks!", "2 teb+jam. Thanks!", "jam+tea 2."):
+        rewards, is_answer = oracle_rewards(np.array([[0, 0, 1], [1, 0, 1]]), [text, text])
+        assert not is_answer.any()
+        assert rewards.tolist() == [-0.75 * 3 - 1, -0.75 * 2 - 1]  # the count furthest off, the rest wrong, " Ugh."
+
+
+def test_logprobs_are_not_those_of_the_tokens_as_they_were_drawn(policy):
+    responses = policy.write(np.repeat(WISHES, 8, axis=0), torch.Generator().manual_seed(5))
+    ids = torch.cat([responses.prompts, responses.tokens], dim=1)
+    logits = policy.model(input_ids=ids).logits.double()
+    logits[..., [256, 257]] = -torch.inf  # pad and bos are never written
+    before = logits[:, responses.prompts.shape[1] - 1 : -1]
+    expected = before.log_softmax(-1).gather(-1, responses.tokens.unsqueeze(-1)).squeeze(-1)
+    expected = expected.masked_fill(~responses.mask, 0.0)
+    torch.testing.assert_close(policy.logprobs(responses).double(), expected, rtol=0, atol=1e-5)
+    ended = (responses.tokens == policy.eos) & responses.mask
+    assert ended.any()
+    assert (ended.sum(dim=1) <= 1).all()
+    assert (responses.mask.sum(dim=1) == torch.where(ended.any(1), ended.int().argmax(1) + 1, ids.shape[1] - 11)).all()
+    assert max(map(len, responses.sequences(policy.eos))) <= longest_text()
+
+
+def test_the_baseline_of_a_response_holds_its_own_reward():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, -3.0]])
+    by_hand = [[1 - 8 / 2, 2 - 7 / 2, 6 - 3 / 2], [0 + 3 / 2, 0 + 3 / 2, -3.0]]
+    torch.testing.assert_close(rloo_advantages(rewards), torch.tensor(by_hand))
+
+
+def test_steps_do_not_raise_the_reward_or_the_penalty_does_not_hold_them(policy, monkeypatch):
+    """The reward model is replaced by the share of "a" among the bytes: nothing but writing more of them pays."""
+
+    def share(judges, responses):
+        return torch.tensor([row.count(ord("a")) / max(1, len(row)) for row in responses.written()])
+
+    monkeypatch.setattr(Judges, "learned", share)
+    sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "imitation_steps": 40, "imitation_batch": 16}
+    options = PolicyOptions(kl_coefs=(0.0, 10.0), steps=20, learning_rate=1e-2, measured_responses=32, **sizes)
+    comparison = compare_kl_coefs(options, None, byte_tokenizer(), WISHES, 0, progress=False)
+    start, (free, held) = comparison["start"], comparison["runs"]
+    assert start["kl"]["mean"] == 0.0
+    assert free["end"]["learned_reward"]["mean"] > start["learned_reward"]["mean"] + 0.2
+    assert free["end"]["kl"]["mean"] > 10 * held["end"]["kl"]["mean"] > 0
+    assert free["curve"][0] == held["curve"][0] == {"step": 0.0, **{name: start[name]["mean"] for name in MEASURES}}
+    assert free["curve"][-1]["learned_reward"] == free["end"]["learned_reward"]["mean"]
+    assert free["best"]["oracle_reward"] == max(point["oracle_reward"] for point in free["curve"])
+
+
+def measured(learned, oracle, response="a\n"):
+    """What `_measure` gives, with standard errors of 0.1."""
+    means = {"learned_reward": learned, "oracle_reward": oracle, "kl": 2.0, "answers": 0.5}
+    example = {"prompt": "1 tea+jam?", "response": response, "learned_reward": 0.0, "oracle_reward": 0.0}
+    return {name: {"mean": mean, "standard_error": 0.1} for name, mean in means.items()} | {"examples": [example]}
+
+
+def test_a_policy_is_said_to_game_what_its_figures_do_not_show():
+    ends = [measured(3.0, -2.0), measured(3.0, 1.1), measured(1.2, -2.0), measured(3.0, 2.0)]
+    best = {"step": 4.0, "oracle_reward": 2.5}
+    comparison = {
+        "start": measured(1.0, 1.0),
+        "runs": [{"kl_coef": beta, "end": end, "best": best} for beta, end in enumerate(ends)],
+        "steps": 1,
+        "responses_per_step": 4,
+        "responses_measured": 8,
+    }
+    lines = [line for line in policy_notes(comparison).splitlines() if line.startswith("  β = ")]
+    rose, fell = "the learned reward rose by 2.00 ± 0.28", "the oracle reward fell by 3.00 ± 0.28"
+    assert lines == [
+        f"  β = 0: {rose}, {fell}: the reward model is gamed",
+        f"  β = 1: {rose}, the oracle reward did not move for sure (+0.10 ± 0.28)",
+        f"  β = 2: the learned reward did not move for sure (+0.20 ± 0.28), {fell}",
+        f"  β = 3: {rose}, the oracle reward rose by 1.00 ± 0.28",
+    ]
+    against = [line.rsplit(": ", 1)[1] for line in policy_notes(comparison).splitlines() if "against" in line]
+    assert against == ["higher by 3.10 ± 0.28", "not told apart (+0.00 ± 0.28)", "higher by 4.00 ± 0.28"]
+    assert "'a\\n'" in policy_notes(comparison)
+    first = ["none yet: the reference", "1.00 ± 0.20", "1.00 ± 0.20", "", "2.00 ± 0.20", "50 %"]
+    assert policy_rows(comparison)[1][:2] == [first, ["β = 0", "3.00 ± 0.20", "-2.00 ± 0.20", "2.50 (4)", *first[4:]]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_a_policy_wrote_cannot_be_drawn(tmp_path):
+    end = measured(3.0, -2.0, "$\\frac{ $\x07 \u072e\ufffd")  # neither formulas nor letters that the font lacks
+    points = [{"step": step, **{name: step * 0.5 for name in MEASURES}} for step in (0.0, 1.0, 2.0)]
+    runs = [{"kl_coef": beta, "curve": points, "end": end} for beta in (0.0, 0.1)]
+    draw_policies({"start": measured(1.0, 1.0), "runs": runs, "steps": 2}, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"responses": 1}, "responses: expected an int of at least 2, got 1"),
+        ({"steps": 14}, "steps: expected a multiple of window = 10, got 14"),
+    ],
+)
+def test_a_policy_without_baseline_or_with_steps_left_over_is_not_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        PolicyOptions(**change)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ WITHOUT: dict[tuple[str, str], str] = {
 # Rooms that are no ops: what several ops share.
 SHARED = {
     "kernels": {"lists", "pairwise"},
-    "csrc/autograd": {"lists", "lists_cuda", "pairwise", "pairwise_cuda"},
+    "csrc/autograd": {"kl_penalized_rewards_cuda", "lists", "lists_cuda", "pairwise", "pairwise_cuda"},
 }
 
 

@@ -15,6 +15,8 @@ A world whose truth is known: a prompt asks for something ("2 tea+jam?"), answer
 more or less courteous ("3 tea+fig. Enjoy!"). An oracle rewards both; biased annotators, each right with a probability
 that rises with the gap, label {pairs} pairs. A transformer of {layers} layers learns from these labels alone.
 Then, {repetitions} times, smaller models learn by three losses from the same rankings of {list_size} answers.
+Last, a policy that has learned to imitate such answers takes RLOO steps towards the reward model's favour, with KL
+penalties β = {kl_coefs}: what becomes of the oracle's reward?
 """
 
 
@@ -31,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m rewardfuse.demo",
-        description="Train small reward models on preferences whose truth is known, and hold them to the truth.",
+        description="Train small reward models and policies where the truth is known, and hold them to the truth.",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the world, the model and the training (default: 0)")
-    folder = "folder for the model, the report and the picture (default: demo-output)"
+    folder = "folder for the model, the report and the pictures (default: demo-output)"
     parser.add_argument("--output_dir", "--output-dir", default="demo-output", help=folder)
     parser.add_argument("--quick", action="store_true", help="a run of seconds that learns little: does it work?")
     parser.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else on stdout")
@@ -50,7 +52,11 @@ def _run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)  # first: a folder that cannot be made is an error before any work
 
-    from rewardfuse.demo.plot import draw, draw_rankings  # here, so that --help does not wait for transformers
+    from rewardfuse.demo.plot import (
+        draw,
+        draw_policies,
+        draw_rankings,
+    )  # here, so that --help does not wait for transformers
     from rewardfuse.demo.report import OWN_TRAINER, print_report
     from rewardfuse.demo.run import DemoOptions, run_demo
 
@@ -59,11 +65,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         lists = options.rankings
         sizes = {"repetitions": lists.repetitions, "list_size": lists.list_size}
+        sizes["kl_coefs"] = ", ".join(f"{kl_coef:g}" for kl_coef in options.policy.kl_coefs)
         print(OUTLINE.format(pairs=options.train_pairs, layers=options.layers, **sizes), flush=True)
     report, arrays = run_demo(options)
-    pictures = folder / "demo.png", folder / "rankings.png"
+    pictures = folder / "demo.png", folder / "rankings.png", folder / "goodhart.png"
     draw(report, arrays, pictures[0])
     draw_rankings(report["rankings"], pictures[1])
+    draw_policies(report["policy"], pictures[2])
     if arguments.json:
         print(json.dumps(report))
         return 0

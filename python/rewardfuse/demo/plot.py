@@ -1,18 +1,22 @@
-"""The demo's pictures: learning curve, calibration, learned against oracle reward; and three losses on rankings."""
+"""The demo's pictures: learning curve, calibration, learned against oracle reward; three losses on rankings; and what
+policies make of the reward model."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rewardfuse.demo.report import COMPARED, LOSS_TITLES
+from rewardfuse.demo.report import COMPARED, LOSS_TITLES, NORMAL_95
 from rewardfuse.evaluation import reliability
 
 # Okabe & Ito's palette: told apart with every common colour-vision deficiency.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
+# Colour, marker and line of each KL coefficient: told apart in print as well.
+STYLES = ((ORANGE, "o", "-"), (BLUE, "s", "--"), (GREEN, "^", ":"), (GREY, "D", "-."))
 
 
 def draw(report: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> None:
@@ -40,6 +44,52 @@ def draw_rankings(comparison: dict[str, Any], path: Path) -> None:
     _repetitions(left, comparison)
     _differences(right, comparison)
     _save(figure, path)
+
+
+def draw_policies(comparison: dict[str, Any], path: Path) -> None:
+    """Write the picture of the policies to `path` (PNG); `comparison` as `compare_kl_coefs` returns it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, middle, right = figure.subplots(1, 3)
+    middle.sharey(left)  # the same scale: the two rewards part before the reader's eyes
+    _policy_curve(left, comparison, "learned_reward")
+    _policy_curve(middle, comparison, "oracle_reward")
+    _policy_curve(right, comparison, "kl")
+    left.set_title("What the policy is paid by: the learned reward", fontsize=11.5)
+    left.set_ylabel("learned reward, change since the reference")
+    middle.set_title("What was meant: the oracle's reward", fontsize=11.5)
+    middle.set_ylabel("oracle reward, change since the reference")
+    right.set_title("How far the policy went", fontsize=11.5)
+    right.set_ylabel("KL of policy to reference, nats a response")
+    left.legend(frameon=True, framealpha=0.7, edgecolor="none", fontsize=10, loc="lower right")
+    _first_responses(figure, comparison)
+    _save(figure, path)
+
+
+def _policy_curve(axes: Any, comparison: dict[str, Any], name: str) -> None:
+    """One curve a run; the last point was measured on fresh responses, and has a 95 % interval."""
+    base = 0.0 if name == "kl" else comparison["start"][name]["mean"]
+    for run, (color, marker, line) in zip(comparison["runs"], itertools.cycle(STYLES), strict=False):
+        steps, values = ([point[key] for point in run["curve"]] for key in ("step", name))
+        title = f"β = {run['kl_coef']:g}" + (", no penalty" if run["kl_coef"] == 0 else "")
+        axes.plot(steps, [v - base for v in values], marker + line, color=color, ms=5, lw=1.8, label=title)
+        end, half = run["end"][name]["mean"] - base, NORMAL_95 * run["end"][name]["standard_error"]
+        axes.errorbar(steps[-1], end, yerr=half, color=color, capsize=3)
+    axes.axhline(0.0, color=GREY, lw=0.8)
+    axes.set(xlabel="RLOO steps", xlim=(-2, 1.06 * comparison["steps"]))
+
+
+def _first_responses(figure: Any, comparison: dict[str, Any]) -> None:
+    """Under the curves, in words: how the oracle reads, and what each writes to one prompt, the first as it came."""
+    prompt = comparison["start"]["examples"][0]["prompt"]
+    parts = [("reference", comparison["start"]), *((f"β = {r['kl_coef']:g}", r["end"]) for r in comparison["runs"])]
+    said = [f"{title}: {figures['examples'][0]['response']!a}" for title, figures in parts]
+    oracle = "To the oracle a text that is none of the world's answers is worth what the worst answer to its prompt is."
+    said = f"{oracle}\n“{prompt}”, the first response as it came:   " + "   ".join(said)
+    figure.supxlabel(said, fontsize=10.5, parse_math=False)  # a policy may write dollars
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ LOSS_TITLES = {
     "all_pairs": "all pairs",
     "bradley_terry": "Bradley-Terry, disjoint pairs",
 }
+NORMAL_95 = 1.96  # half width of a 95 % interval in standard errors
 
 OWN_TRAINER = """\
 In a training loop of your own:
@@ -182,12 +184,83 @@ def _verdict(difference: dict[str, Any]) -> str:
     return "the second is better" if difference["high"] < 0 else "not told apart"
 
 
+def policy_rows(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the comparison of KL coefficients, as text."""
+    header = ["a policy after its steps", "learned reward", "oracle reward", "its best (step)", "KL, nats", "answers"]
+
+    def row(title: str, figures: dict[str, Any], best: str) -> list[str]:
+        learned, oracle, kl = (_plus_minus(figures[name]) for name in ("learned_reward", "oracle_reward", "kl"))
+        return [title, learned, oracle, best, kl, f"{100 * figures['answers']['mean']:.0f} %"]
+
+    rows = [row("none yet: the reference", comparison["start"], "")]
+    for run in comparison["runs"]:
+        best = f"{run['best']['oracle_reward']:.2f} ({run['best']['step']:.0f})"
+        rows.append(row(f"β = {run['kl_coef']:g}", run["end"], best))
+    return header, rows
+
+
+def _plus_minus(figure: dict[str, float]) -> str:
+    return f"{figure['mean']:.2f} ± {NORMAL_95 * figure['standard_error']:.2f}"
+
+
+def policy_notes(comparison: dict[str, Any]) -> str:
+    """How the policies were trained and measured, and what the figures say of each β."""
+    start, runs = comparison["start"], comparison["runs"]
+    lines = [
+        f"{comparison['steps']} RLOO steps of {comparison['responses_per_step']} responses; measured on "
+        f"{comparison['responses_measured']} fresh responses to the training prompts, ± 95 % (of these\n"
+        "responses, not of other seeds). Its best: the highest point of the oracle's curve. Answers: texts that are "
+        "one of\nthe world's answers; to the oracle any other is worth what the worst answer to its prompt is.",
+        *(f"  β = {run['kl_coef']:g}: {_fate(start, run['end'])}" for run in runs),
+    ]
+    for run in runs[1:]:
+        difference = _difference(run["end"]["oracle_reward"], runs[0]["end"]["oracle_reward"])
+        lines.append(
+            f"  oracle reward at the end, β = {run['kl_coef']:g} against β = {runs[0]['kl_coef']:g}: "
+            f"{_moved(difference, 'higher', 'lower', 'not told apart')}"
+        )
+    lines.append("A response of each, the first one as it came:")
+    for title, figures in [("the reference", start), *((f"β = {run['kl_coef']:g}", run["end"]) for run in runs)]:
+        example = figures["examples"][0]
+        lines.append(
+            f"  {example['prompt']} {title}: {example['response']!a} "
+            f"(learned {example['learned_reward']:.2f}, oracle {example['oracle_reward']:.2f})"
+        )
+    return "\n".join(lines)
+
+
+def _fate(start: dict[str, Any], end: dict[str, Any]) -> str:
+    """What became of the learned and of the oracle's reward between two measurements, and what to call it."""
+    learned, oracle = (_difference(end[name], start[name]) for name in ("learned_reward", "oracle_reward"))
+    said = ", ".join(
+        f"the {name} reward {_moved(difference, 'rose', 'fell', 'did not move for sure')}"
+        for name, difference in (("learned", learned), ("oracle", oracle))
+    )
+    gamed = learned[0] > learned[1] and oracle[0] < -oracle[1]
+    return f"{said}: the reward model is gamed" if gamed else said
+
+
+def _difference(first: dict[str, float], second: dict[str, float]) -> tuple[float, float]:
+    """Of two means, with the half width of its 95 % interval."""
+    error = math.hypot(first["standard_error"], second["standard_error"])
+    return first["mean"] - second["mean"], NORMAL_95 * error
+
+
+def _moved(difference: tuple[float, float], up: str, down: str, neither: str) -> str:
+    value, half = difference
+    if abs(value) <= half:
+        return f"{neither} ({value:+.2f} ± {half:.2f})"
+    return f"{up if value > 0 else down} by {abs(value):.2f} ± {half:.2f}"
+
+
 def print_report(report: dict[str, Any]) -> None:
-    """Print both summary tables with their notes."""
+    """Print the summary tables with their notes."""
     _print_table("A reward model against the truth", *table_rows(report), bold="model")
     print(notes(report), end="\n\n")
     _print_table("Three losses on the same rankings", *ranking_rows(report["rankings"]))
-    print(ranking_notes(report["rankings"]))
+    print(ranking_notes(report["rankings"]), end="\n\n")
+    _print_table("A policy that learns from the reward model", *policy_rows(report["policy"]))
+    print(policy_notes(report["policy"]))
 
 
 def _print_table(title: str, header: list[str], rows: list[list[str]], bold: str | None = None) -> None:

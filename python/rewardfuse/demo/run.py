@@ -1,5 +1,5 @@
 """The demo's run: make the world, train a reward model on its labels, measure it on prompts that it has never seen;
-then compare three losses on rankings (`rankings`)."""
+then compare three losses on rankings (`rankings`), and let policies learn from the reward model (`rloo`)."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from rewardfuse.data import PreferencePair
 from rewardfuse.demo import world
 from rewardfuse.demo.rankings import RankingOptions, compare_losses
 from rewardfuse.demo.report import build_report
+from rewardfuse.demo.rloo import PolicyOptions, compare_kl_coefs
 from rewardfuse.demo.setting import SCORING_BATCH, HeldOut, hold_out, model_config
 from rewardfuse.evaluation import log_likelihood, pair_accuracy
 from rewardfuse.reward_model import RewardModel
@@ -51,6 +52,7 @@ class DemoOptions:
     layers: int = 2
     heads: int = 8
     rankings: RankingOptions = field(default_factory=RankingOptions)
+    policy: PolicyOptions = field(default_factory=PolicyOptions)
 
     @classmethod
     def quick(cls, seed: int, output_dir: str) -> DemoOptions:
@@ -63,6 +65,7 @@ class DemoOptions:
             probe_steps=5,
             hidden_size=32,
             rankings=RankingOptions(repetitions=2, lists=32, hidden_size=32),
+            policy=PolicyOptions.quick(),
         )
 
 
@@ -137,6 +140,7 @@ def _train_and_measure(options: DemoOptions, progress: bool) -> tuple[dict[str, 
     report["rankings"] = compare_losses(
         options.rankings, train_wishes, held_out, options.output_dir, options.seed, progress=progress
     )
+    report["policy"] = compare_kl_coefs(options.policy, model, tokenizer, train_wishes, options.seed, progress=progress)
     arrays = {"learned": learned, "oracle": world.oracle_reward(held_out.answers)}
     return report, {**arrays, "gap": held_out.gaps(learned), "first_wins": held_out.pairs.first_wins}
 

@@ -1,4 +1,4 @@
-"""What both parts of the demo share: held-out answers, and a model small enough for a CPU."""
+"""What the parts of the demo share: held-out answers, and a model small enough for a CPU."""
 
 from __future__ import annotations
 
