@@ -174,8 +174,48 @@ def check_pairs(dtype: torch.dtype, items: int, reduction: str) -> Iterator[str 
                 yield call if differs(op, a, b, reduction, chosen) else None
 
 
+def reward_calls(rows: int, tokens: int) -> Iterator[dict[str, Any]]:
+    """What comes with the log-probs of KL-penalized rewards."""
+    holes = torch.rand(rows, tokens, device=DEVICE) < 0.7
+    padded = torch.arange(tokens, device=DEVICE) >= torch.randint(0, tokens + 1, (rows, 1), device=DEVICE)
+    scores, ended = torch.randn(rows, device=DEVICE), torch.rand(rows, device=DEVICE) < 0.5
+    yield {"kl_coef": 0.1}
+    yield {"mask": holes, "kl_coef": torch.tensor(0.1, device=DEVICE), "scores": scores, "terminal": "one_past"}
+    yield {"mask": padded, "kl_coef": 0.1, "scores": scores.double(), "ended": ended, "missing_eos_penalty": 1.0}
+    of_tokens = torch.randn(tokens, rows, device=DEVICE).t()
+    yield {"mask": holes, "kl_coef": 0.0, "scores": of_tokens, "score_clip": 0.5, "output_clamp": 2.0}
+
+
+def run_rewards(backend: str, logprobs: Tensor, ref_logprobs: Tensor, arguments: dict[str, Any]) -> list[Tensor]:
+    """Rewards, sums, statistics and the gradient by one backend, in float64 on the CPU."""
+    logprobs = logprobs.detach().requires_grad_()
+    with rewardfuse.use_backend(backend):
+        shaped = rewardfuse.kl_penalized_rewards(logprobs, ref_logprobs, differentiable_rewards=True, **arguments)
+        total = shaped.kl.sum() + shaped.sequence_kl.sum() + shaped.sequence_reward.sum()
+        (gradient,) = torch.autograd.grad(total, logprobs)
+    return [x.detach().double().cpu() for x in (shaped.rewards, shaped.kl, *shaped.stats, gradient)]
+
+
+def check_rewards(dtype: torch.dtype, rows: int, tokens: int, estimator: str) -> Iterator[str | None]:
+    """For every call what differs, or None."""
+    for layout, logprobs in enumerate(list_layouts(rows, tokens, dtype)):
+        ref_logprobs = logprobs.flip(-1)
+        for number, arguments in enumerate(reward_calls(*logprobs.shape)):
+            arguments["estimator"] = estimator
+            found = run_rewards("native", logprobs, ref_logprobs, arguments)
+            on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+            expected = run_rewards("reference", logprobs.cpu(), ref_logprobs.cpu(), on_cpu)
+            same = all(torch.allclose(x, y, *[TOLERANCE[dtype]] * 2) for x, y in zip(found, expected, strict=True))
+            call = (
+                f"kl_penalized_rewards, {dtype}, {rows} rows of {tokens}, {estimator}, layout {layout}, call {number}"
+            )
+            yield None if same else call
+
+
 def checks() -> Iterator[str | None]:
     """Every call of every op."""
+    for dtype, estimator, (rows, tokens) in itertools.product(DTYPES, ("k1", "k3"), LISTS):
+        yield from check_rewards(dtype, rows, tokens, estimator)
     for dtype, reduction in itertools.product(DTYPES, REDUCTIONS):
         for items in SIZES:
             yield from check_pairs(dtype, items, reduction)

@@ -80,6 +80,45 @@ class AllPairs:
         return rewardfuse.all_pairs_loss(*self.leaves, self.labels, margin=0.5)
 
 
+class Rewards:
+    """KL-penalized rewards of padded rows, and the gradient of their KL."""
+
+    def __init__(self, rows, n, device="cuda"):
+        self.leaves = [torch.randn(rows, n, device=device, requires_grad=True)]
+        self.rest = torch.randn(rows, n, device=device), torch.rand(rows, n, device=device) > 0.2
+        self.scores = torch.randn(rows, device=device)
+        self.ones = torch.ones(rows, n, device=device)
+
+    def shaped(self):
+        options = {"scores": self.scores, "kl_coef": 0.1, "estimator": "k3", "score_clip": 2.0}
+        ref_logprobs = self.rest[0].to(self.leaves[0].dtype)
+        return rewardfuse.kl_penalized_rewards(*self.leaves, ref_logprobs, self.rest[1], **options)
+
+    def step(self):
+        shaped = self.shaped()
+        gradient = torch.autograd.grad(shaped.kl, self.leaves, self.ones.to(shaped.kl.dtype))
+        return shaped.rewards.clone(), shaped.sequence_reward, *shaped.stats, *gradient
+
+
+class Vocabulary:
+    """Exact KL from logits of an odd vocabulary, which Triton serves whatever else is built."""
+
+    def __init__(self, rows, n, device="cuda"):
+        self.leaves = [torch.randn(4, rows, n, device=device, requires_grad=True)]
+        self.ref_logits = torch.randn(4, rows, n, device=device)
+        self.tokens = torch.randint(0, n, (4, rows), device=device)
+        self.mask = torch.rand(4, rows, device=device) > 0.2
+        self.ones = torch.ones(4, rows, device=device)
+
+    def step(self):
+        (logits,) = self.leaves
+        of_both = logits, self.ref_logits.to(logits.dtype), self.tokens, self.mask
+        with rewardfuse.use_backend("triton" if logits.dtype is torch.float32 else "reference"):
+            shaped = rewardfuse.kl_penalized_rewards_from_logits(*of_both, kl_coef=0.1, estimator="full")
+            gradient = torch.autograd.grad(shaped.kl, self.leaves, self.ones.to(shaped.kl.dtype))
+        return shaped.rewards.clone(), shaped.logprobs.detach(), shaped.sequence_kl.detach(), *gradient
+
+
 CASES = {  # one block, some, all that the device holds
     "64 pairs": lambda **on: Pairs(64, **on),
     "65536 pairs": lambda **on: Pairs(1 << 16, **on),
@@ -92,13 +131,26 @@ CASES = {  # one block, some, all that the device holds
     "5000 lists of 6, all pairs": lambda **on: AllPairs(5000, 6, **on),
     "40 lists of 300, all pairs": lambda **on: AllPairs(40, 300, **on),
 }
+REWARDS = {  # several outputs, of which none is a loss
+    "5 rows of 7": lambda **on: Rewards(5, 7, **on),
+    "3000 rows of 513": lambda **on: Rewards(3000, 513, **on),
+    "2 rows of 100000": lambda **on: Rewards(2, 100_000, **on),
+    "12 rows of a vocabulary of 50257": lambda **on: Vocabulary(3, 50257, **on),
+    "2000 rows of a vocabulary of 4096": lambda **on: Vocabulary(500, 4096, **on),
+}
 SEVERAL_BLOCKS = ("4194304 pairs", "100000 lists of 8", "20000 packed lists", "5000 lists of 6, all pairs")
 
 
 @pytest.fixture(params=CASES)
-def make(request):
+def make_loss(request):
     torch.manual_seed(0)
     return CASES[request.param]
+
+
+@pytest.fixture(params=CASES | REWARDS)
+def make(request):
+    torch.manual_seed(0)
+    return (CASES | REWARDS)[request.param]
 
 
 @pytest.fixture(params=SEVERAL_BLOCKS)
@@ -171,8 +223,8 @@ def test_a_step_waits_for_the_device(gpu_backend, make):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_step_launches_more_than_two_kernels_of_ours(gpu_backend, make):
-    case = make()
+def test_a_step_launches_more_than_two_kernels_of_ours(gpu_backend, make_loss):
+    case = make_loss()
     grad = torch.ones((), device="cuda")
     case.plain().backward(grad)
     for leaf in case.leaves:
