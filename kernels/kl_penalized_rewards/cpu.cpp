@@ -198,7 +198,8 @@ void backward_row(const Problem& problem, const ApproxKl<T>& model, T beta, int6
     V gradient = V{} + whole;
     if (out.kl.data) gradient += load_gradient<V, plain>(out.kl, r, column, count);
     if (of_rewards && out.rewards.data) gradient -= beta * load_gradient<V, plain>(out.rewards, r, column, count);
-    gradient *= model.slope(row.x(column, count), V{} + 1.0f);
+    // What nobody asks for may be infinite.
+    gradient = gradient == 0.0f ? V{} : gradient * model.slope(row.x(column, count), V{} + 1.0f);
     store_as(to + column, row.valid(column, count) ? gradient : V{}, count);
   });
 }

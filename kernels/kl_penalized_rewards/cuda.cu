@@ -196,7 +196,8 @@ __device__ __forceinline__ void backward_row(const Problem& problem, const Gradi
       if (beta != T(0)) add_gradient(out.rewards, r, column, -beta, gradient);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        if (valid[j]) result.item[j] = narrow<S>(gradient.item[j] * options.model.slope(x.item[j], T(1)));
+        if (!valid[j] || gradient.item[j] == T(0)) continue;  // what nobody asks for may be infinite
+        result.item[j] = narrow<S>(gradient.item[j] * options.model.slope(x.item[j], T(1)));
       }
     }
     *reinterpret_cast<Vector<S, kWidth>*>(to + column) = result;

@@ -41,8 +41,10 @@ def _estimator(numbers, ACC: tl.constexpr):
 
 @triton.jit
 def _coefficient(kl_coef, numbers, HAS: tl.constexpr, ACC: tl.constexpr):
+    """NaN where the device holds none."""
     if HAS:
-        return tl.load(kl_coef).to(ACC)
+        beta = tl.load(kl_coef).to(ACC)
+        return tl.where((beta >= 0) & (beta < float("inf")), beta, float("nan"))
     else:
         return number(numbers, 0, ACC)
 
@@ -253,7 +255,8 @@ def backward_kernel(
                 d, _of_weight = derivative(
                     a, b, 1.0, estimator, through, input_low, input_high, output_low, output_high, TERMS
                 )
-                tl.store(d_logprobs + row * size + t, tl.where(valid, d * g, 0.0), mask=here)
+                asked = valid & (g != 0)  # what nobody asks for may be infinite
+                tl.store(d_logprobs + row * size + t, tl.where(asked, d * g, 0.0), mask=here)
             if NEED_SCORES:
                 scored = valid
                 if SCORES == ROW_SCORES:

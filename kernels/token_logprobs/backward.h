@@ -132,7 +132,8 @@ T slope_of_token(const Problem& problem, const RowSlopes& slopes, double gradien
   if (pi != 0) result += pi * (slopes.one + (slopes.log_policy != 0 ? slopes.log_policy * log_pi : 0));
   if (slopes.log_ref != 0 || slopes.ref != 0) {
     const double log_rho = score(logit(problem.ref)) - ref_lse;
-    if (slopes.log_ref != 0 && pi != 0) result += pi * slopes.log_ref * log_rho;
+    // With a finite KL −inf stands only where π, rounded to T, is 0.
+    if (slopes.log_ref != 0 && pi != 0 && log_rho > -__builtin_inf()) result += pi * slopes.log_ref * log_rho;
     result += slopes.ref * exp(log_rho);
   }
   if (cap != 0) {
@@ -172,9 +173,10 @@ void backward_row(const Problem& problem, const Gradients& out, int64_t row) {
   const double lse = out.lse[row], ref_lse = kl != 0 ? out.ref_lse[row] : 0;
   RowSlopes slopes;
   slopes.add_logprob(logprob);
-  if (out.of_entropy) slopes.add_entropy(entropy, out.entropy[row]);
-  if (out.of_kl && problem.direction == Direction::kReverse) slopes.add_reverse_kl(kl, out.kl[row]);
-  if (out.of_kl && problem.direction == Direction::kForward) slopes.add_forward_kl(kl + 0 * out.kl[row]);
+  // What nobody asks for is left out: it may be infinite.
+  if (entropy != 0) slopes.add_entropy(entropy, out.entropy[row]);
+  if (kl != 0 && problem.direction == Direction::kReverse) slopes.add_reverse_kl(kl, out.kl[row]);
+  if (kl != 0 && problem.direction == Direction::kForward) slopes.add_forward_kl(kl);
   const double all = slopes.one + slopes.log_policy + slopes.log_ref + slopes.ref + lse + ref_lse;
   if (all - all != 0) return fill(to, columns, T(__builtin_nan("")), out.streams);
   if (logprob == 0 && kl == 0 && entropy == 0) return fill(to, columns, T(0), out.streams);

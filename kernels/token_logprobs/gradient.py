@@ -60,7 +60,7 @@ def _slope(
     if DIRECTION != NONE:
         log_rho = _log_softmax(cap(y, softcap, CAPPED, ACC), ref_origin)
     if DIRECTION == REVERSE:
-        slope += c2 * log_rho
+        slope += tl.where(c2 == 0, 0.0, c2 * log_rho)  # of a KL that nobody asks for log ρ may be −inf
     if LOGARITHMS:
         slope = tl.where(pi == 0, 0.0, slope)
     slope = slope * pi
@@ -92,7 +92,8 @@ def _coefficients(
         c0 -= g_entropy * tl.load(entropy + item).to(ACC)
     if DIRECTION == REVERSE:
         of_row = tl.load(kl + item).to(ACC)
-        c0 -= g_kl * tl.where(of_row == float("inf"), float("nan"), of_row)
+        of_row = tl.where(of_row == float("inf"), float("nan"), of_row)
+        c0 -= tl.where(g_kl == 0, 0.0, g_kl * of_row)
         c1 += g_kl
         c2 -= g_kl
     if DIRECTION == FORWARD:

@@ -78,16 +78,17 @@ class Rows(NamedTuple):
 
     def arguments(self, per_thread: int, *gradients: Tensor | None) -> dict[str, object]:
         """What both kernels take; backward also what else is said of rows."""
-        matrices = [self.logits, self.logits if self.ref_logits is None else self.ref_logits]
+        matrices = [self.logits] if self.ref_logits is None else [self.logits, self.ref_logits]
         vectors = [self.tokens, self.mask, self.temperature, *gradients]
         if any(m.stride(-1) != 1 for m in matrices):
             matrices = [m.contiguous() for m in matrices]
-        layout = lay(self.tokens.shape, *(m[..., 0] for m in matrices), *vectors)
-        if (
-            layout.tensors[0].data_ptr() != matrices[0].data_ptr()
-            or layout.tensors[1].data_ptr() != matrices[1].data_ptr()
-        ):
-            matrices = [m.contiguous() for m in matrices]  # lay() had to copy; vectors stay as it left them
+        matrices = [matrices[0], matrices[-1]]
+        columns = [m[..., 0] for m in matrices]
+        layout = lay(self.tokens.shape, *columns, *vectors)
+        if any(laid is not column for laid, column in zip(layout.tensors, columns, strict=False)):
+            # lay() had to copy; vectors stay as it left them.
+            logits = matrices[0].contiguous()
+            matrices = [logits, logits if self.ref_logits is None else matrices[1].contiguous()]
             layout = lay(self.tokens.shape, *(m[..., 0] for m in matrices), *layout.tensors[2:])
         names = ("logits", "ref_logits", "tokens", "mask", "temperature")
         names += ("grad_logprobs", "grad_kl", "grad_entropy")[: len(gradients)]

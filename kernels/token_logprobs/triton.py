@@ -138,9 +138,9 @@ def _put(ptr, row, value, valid):
 
 @triton.jit
 def inverse_temperature(temperature, outer, inner, row, column, value, HAS: tl.constexpr):
-    """In float64; NaN where it is not positive."""
+    """In float64; NaN where it is not positive and finite."""
     t = load_operand(temperature, outer, inner, value, row, column, row >= 0, HAS, tl.float64)
-    return tl.where(t > 0, 1.0 / t, float("nan"))
+    return tl.where((t > 0) & (t < float("inf")), 1.0 / t, float("nan"))
 
 
 @triton.jit

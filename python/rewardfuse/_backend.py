@@ -72,10 +72,21 @@ def missing(name: str, device_type: str, native_cuda: bool = True) -> str | None
     return None
 
 
+_modules: dict[str, ModuleType] = {}
+
+
+def _load(name: str) -> str:
+    _modules[name] = importlib.import_module("rewardfuse.kernels" if name == "triton" else "rewardfuse.reference")
+    return name
+
+
+# Dynamo runs it while it traces instead of tracing it, which it cannot: what torch.compiler.assume_constant_result
+# sets, without importing Dynamo here.
+_load._dynamo_marked_constant = True
+
+
 def _namespace(name: str) -> ModuleType:
-    if name == "native":
-        return _C
-    return importlib.import_module("rewardfuse.kernels" if name == "triton" else "rewardfuse.reference")
+    return _C if name == "native" else _modules[_load(name)]
 
 
 def _checked(name: str, source: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -92,7 +93,7 @@ def _number(name: str, value: object) -> float:
         if value.numel() != 1:
             raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {list(value.shape)}")
         return float(value.item())
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}")
     return float(value)
 

@@ -3,6 +3,8 @@ public function does with its arguments before a backend sees them."""
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -28,7 +30,7 @@ def tensor_or_number(name: str, value: object, default: float) -> tuple[Tensor |
         return None, default
     if isinstance(value, Tensor):
         return value, default
-    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Real)):
         if value != value:
             raise ValueError(f"{name}: expected a number, got nan")
         return None, float(value)
@@ -48,7 +50,7 @@ def check_options(mask: object, **numbers: object) -> None:
     if mask is not None and not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
     for name, value in numbers.items():
-        if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Real)):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
@@ -59,9 +61,14 @@ def check_tensors(**arguments: object) -> None:
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; some, as meta, have none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def promote_under_autocast(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Under autocast one model's two outputs may differ in dtype; everywhere else that is an error of the caller."""
-    if first.dtype is not second.dtype and torch.is_autocast_enabled(first.device.type):
+    if first.dtype is not second.dtype and autocasts(first.device):
         dtype = torch.promote_types(first.dtype, second.dtype)
         return first.to(dtype), second.to(dtype)
     return first, second

@@ -146,6 +146,8 @@ def _head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> H
     _checks.check_rewards(states, hidden)
     if hidden.dim() == 0:
         raise ValueError(f"{states}: expected a tensor [*, H], got a 0-d tensor")
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"{states}: expected a width of at least 1, got {list(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
             f"{prefix}weight: expected a tensor [V, {hidden.shape[-1]}] beside {states}, got {list(weight.shape)}"
@@ -156,9 +158,16 @@ def _head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> H
         )
     for name, tensor in list(names.items())[1:]:
         _checks.check_device(name, tensor, states, hidden)
-        if tensor.dtype is not hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        if not _fits(tensor, hidden):
             raise TypeError(f"{name}: expected the dtype of {states}, {hidden.dtype}, got {tensor.dtype}")
     return Head(hidden, weight, bias)
+
+
+def _fits(tensor: Tensor, hidden: Tensor) -> bool:
+    """Of one dtype, or under autocast of any that it casts."""
+    if tensor.dtype is hidden.dtype:
+        return True
+    return _checks.autocasts(hidden.device) and torch.float64 not in (tensor.dtype, hidden.dtype)
 
 
 def _check_both(policy: Head, ref: Head) -> None:
@@ -173,7 +182,7 @@ def _check_both(policy: Head, ref: Head) -> None:
             f"ref_weight: expected the vocabulary of policy_weight, {policy.weight.shape[0]}, got {ref.weight.shape[0]}"
         )
     _checks.check_device("ref_hidden", ref.hidden, "policy_hidden", policy.hidden)
-    if ref.hidden.dtype is not policy.hidden.dtype and not torch.is_autocast_enabled(ref.hidden.device.type):
+    if not _fits(ref.hidden, policy.hidden):
         raise TypeError(
             f"ref_hidden: expected the dtype of policy_hidden, {policy.hidden.dtype}, got {ref.hidden.dtype}"
         )

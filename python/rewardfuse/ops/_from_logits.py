@@ -56,7 +56,8 @@ def kl_penalized_rewards_from_logits(
         ``logprobs`` and ``entropy`` flow to ``policy_logits``: those of the taken token from the policy's logits and
         one saved number a token, those of an exact KL from both models' logits.
 
-    An exact KL is inf where the reference excludes (−inf) what the policy does not; its gradient row is NaN there.
+    An exact KL is inf where one model excludes (−inf) what the other does not: ``"full"`` where the reference does,
+    and the gradient row is NaN then; ``"full_forward"`` where the policy does, and the gradient stays π − π_ref.
     Against float64 it is off by at most 2e-6·max(1, KL).
 
     Raises:
@@ -71,6 +72,8 @@ def kl_penalized_rewards_from_logits(
     """
     exact, shaping = shaping_of(estimator, gradient_estimator, input_clamp, output_clamp, kl_coef, options)
     cooling = Cooling.of(temperature, logit_softcap)
+    _checks.check_tensors(policy_logits=policy_logits, ref_logits=ref_logits, tokens=tokens)
+    policy_logits, ref_logits = _checks.promote_under_autocast(policy_logits, ref_logits)
     _check_models(policy_logits, ref_logits, tokens, mask, cooling)
     check_shaping(shaping, "tokens", tokens)
     shared = (tokens, mask, cooling, vocab_size)
@@ -88,7 +91,6 @@ def _check_models(
     policy_logits: Tensor, ref_logits: Tensor, tokens: Tensor, mask: Tensor | None, cooling: Cooling
 ) -> None:
     """Before any work, and by the names that the caller used; what is left, the backend checks."""
-    _checks.check_tensors(policy_logits=policy_logits, ref_logits=ref_logits, tokens=tokens)
     _checks.check_options(mask)
     _checks.check_rewards("policy_logits", policy_logits)
     if policy_logits.dim() == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -49,13 +50,13 @@ def bounds(name: str, clamp: object) -> tuple[float, float]:
     """(low, high) of a clamp: None, a positive number c for ±c, or a pair in which None is open."""
     if clamp is None:
         return -math.inf, math.inf
-    if isinstance(clamp, (int, float)):
+    if isinstance(clamp, Real):
         if not clamp > 0:
             raise ValueError(f"{name}: expected None, a positive number or a pair (low, high), got {clamp!r}")
         return -float(clamp), float(clamp)
     if not isinstance(clamp, Sequence) or isinstance(clamp, str):
         raise TypeError(f"{name}: expected None, a number or a pair (low, high), got {type(clamp).__name__}")
-    if len(clamp) != 2 or not all(end is None or isinstance(end, (int, float)) for end in clamp):
+    if len(clamp) != 2 or not all(end is None or isinstance(end, Real) for end in clamp):
         raise ValueError(f"{name}: expected a pair of numbers (low, high), got {clamp!r}")
     low = -math.inf if clamp[0] is None else float(clamp[0])
     high = math.inf if clamp[1] is None else float(clamp[1])
@@ -74,7 +75,7 @@ class Shaping(NamedTuple):
     score_low: float
     score_high: float
     one_past: bool
-    ended: Tensor | None  #: None also where there is no penalty
+    ended: Tensor | None
     missing_eos_penalty: float
     replace: bool
     whiten: bool
@@ -106,7 +107,7 @@ class Shaping(NamedTuple):
         _checks.check_number("kl_coef", 0 <= number < math.inf, "finite and not negative", number)
         _one_of("terminal", terminal, ("last", "one_past"))
         _one_of("missing_eos", missing_eos, ("subtract", "replace"))
-        if scores is not None and not differentiable_rewards:
+        if scores is not None and scores.requires_grad and not differentiable_rewards:
             scores = scores.detach()
         return cls(
             estimator,
@@ -115,7 +116,7 @@ class Shaping(NamedTuple):
             scores,
             *bounds("score_clip", score_clip),
             terminal == "one_past",
-            None if missing_eos_penalty is None else ended,
+            ended,
             _penalty(missing_eos_penalty, ended),
             missing_eos == "replace",
             whiten_rewards,
@@ -150,6 +151,8 @@ def _one_of(name: str, value: object, known: tuple[str, str]) -> None:
 
 def _penalty(value: float | None, ended: Tensor | None) -> float:
     if value is None:
+        if ended is not None:
+            raise ValueError("ended: expected with missing_eos_penalty, which says what it costs")
         return 0.0
     _checks.check_options(None, missing_eos_penalty=value)
     _checks.check_number("missing_eos_penalty", 0 <= value < math.inf, "finite and not negative", value)
@@ -160,7 +163,8 @@ def _penalty(value: float | None, ended: Tensor | None) -> float:
 
 def promoted(logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the wider of their dtypes, the reference without its graph."""
-    ref_logprobs = ref_logprobs.detach()
+    if ref_logprobs.requires_grad:
+        ref_logprobs = ref_logprobs.detach()
     if logprobs.dtype is ref_logprobs.dtype or not (logprobs.is_floating_point() and ref_logprobs.is_floating_point()):
         return logprobs, ref_logprobs
     dtype = torch.promote_types(logprobs.dtype, ref_logprobs.dtype)

@@ -39,7 +39,8 @@ def approx_kl(
         input_clamp: x is clamped to ±c, or to a pair (low, high) in which None is open.
         output_clamp: likewise the value, after the importance weight. On k3, ±10 makes the gradient exactly 0 beyond
             x ≈ −2.6 and x ≈ 11.
-        importance_weight: :math:`w`, a number, a 0-d tensor or one a token, times the value; may want a gradient.
+        importance_weight: :math:`w`, a number, a 0-d tensor or one a token, times the value; may want a gradient. A 0
+            multiplies like any other number: what is to be left out belongs in the mask.
         mask: boolean, the shape of ``logprobs``; where False the value and its gradients are 0, whatever stands there.
 
     Returns:

@@ -42,7 +42,7 @@ def kl_penalized_rewards(
             missed = place & (counted & ~ended).unsqueeze(-1)
             score = torch.where(missed, (0 if replace else score) - missing_eos_penalty, score)
         beta = kl_coef_value if kl_coef is None else kl_coef.to(kl.dtype)
-        penalty = torch.where(valid & torch.as_tensor(beta != 0, device=kl.device), beta * kl, 0)
+        penalty = beta * torch.where(valid & torch.as_tensor(beta != 0, device=kl.device), kl, 0)
         rewards = score - penalty
         sequence_reward = rewards.sum(-1, dtype=torch.float64).to(kl.dtype)
     sequence_kl = kl.sum(-1, dtype=torch.float64).to(kl.dtype)

@@ -129,20 +129,26 @@ def _token_logprobs_backward(
         slope = slope + (chosen - probs) * _column(grad_logprobs, logp)
     if grad_entropy is not None:
         inner = torch.where(probs == 0, 0, probs * (logp + entropy.unsqueeze(-1)))
-        slope = slope - inner * _column(grad_entropy, logp)
+        slope = slope - _asked(grad_entropy, inner)
     if grad_kl is not None:
         logq = _minus(options.scores(ref_logits), ref_lse)
         if direction == REVERSE:
             inner = torch.where(probs == 0, 0, probs * ((logp - logq) - kl.unsqueeze(-1)))
         else:
             inner = probs - logq.exp()
-        slope = slope + inner * _column(grad_kl, logp)
+        slope = slope + _asked(grad_kl, inner)
     slope = slope / options.cooling(logp.dtype)
     if softcap != 0:
-        slope = slope * (1 - torch.tanh(logits[..., :vocab_size].to(logp.dtype) / softcap).square())
+        slope = slope / torch.cosh(logits[..., :vocab_size].to(logp.dtype) / softcap).square()
     if mask is not None:
         slope = torch.where(mask.unsqueeze(-1), slope, 0)
     return torch.nn.functional.pad(slope.to(logits.dtype), (0, logits.shape[-1] - vocab_size))
+
+
+def _asked(grad: Tensor, inner: Tensor) -> Tensor:
+    """grad · inner, and 0 in rows where nobody asks for it: there it may be infinite."""
+    column = _column(grad, inner)
+    return torch.where(column == 0, 0, inner * column)
 
 
 def _column(grad: Tensor, like: Tensor) -> Tensor:
