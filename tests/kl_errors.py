@@ -152,6 +152,7 @@ REWARDS_CASES = [
         ValueError,
         "missing_eos_penalty: expected with ended, which says whom it hits",
     ),
+    (rewards(ended=ENDED), ValueError, "ended: expected with missing_eos_penalty, which says what it costs"),
     (rewards(missing_eos_penalty=1.0, ended=[True, False]), TypeError, "ended: expected a tensor, got list"),
     (
         rewards(missing_eos_penalty=1.0, ended=ENDED.float()),

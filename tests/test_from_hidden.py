@@ -1,9 +1,11 @@
 """token_logprobs_from_hidden and kl_penalized_rewards_from_hidden against the equations and against the logits' ops."""
 
+import contextlib
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rewardfuse
 import vocabulary
@@ -498,3 +500,33 @@ def test_autocast_differs_from_a_linear_layer(compiled_backend):
     torch.testing.assert_close(found, token_logprobs(logits, heads.tokens), rtol=2e-2, atol=5e-2)
     gradients = torch.autograd.grad(found.sum(), [getattr(heads, name) for name in GRADIENTS])
     assert all(x.dtype is torch.float32 and x.isfinite().all() for x in gradients)
+
+
+def test_another_batch_size_compiles_again(native):
+    torch._dynamo.reset()
+    weight = torch.randn(7, 8)
+    compiled = torch.compile(
+        lambda hidden, tokens: token_logprobs_from_hidden(hidden, weight, tokens),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
+    )
+    for n in range(2, 14):  # more sizes than Dynamo would compile graphs for
+        hidden, tokens = torch.randn(n, 4, 8, requires_grad=True), torch.randint(7, (n, 4))
+        found = compiled(hidden, tokens)
+        expected = token_logprobs_from_hidden(hidden, weight, tokens)
+        torch.testing.assert_close(found, expected)
+        gradients = [torch.autograd.grad(x.sum(), hidden) for x in (found, expected)]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("estimator", ["k3", "full"])
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+def test_tensors_without_data_have_no_shape(compiled_backend, kind, estimator):
+    arguments = torch.randn(2, 3, 8), torch.randn(7, 8), torch.randn(2, 3, 8), torch.randn(7, 8)
+    arguments += (torch.randint(7, (2, 3)),)
+    with FakeTensorMode() if kind == "fake" else contextlib.nullcontext() as mode:
+        make = mode.from_tensor if kind == "fake" else lambda tensor: tensor.to("meta")
+        shaped = kl_from_hidden(*map(make, arguments), kl_coef=0.1, estimator=estimator)
+    assert shaped.rewards.shape == shaped.kl.shape == (2, 3)
+    assert shaped.sequence_kl.shape == (2,)

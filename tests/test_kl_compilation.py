@@ -1,5 +1,9 @@
 """The KL ops under torch.compile, torch.export and the dispatcher, for the native backend and the reference."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -104,3 +108,14 @@ def test_registration_fails_opcheck(native):
         arguments = (logits, ref, t["tokens"], t["mask"], temperature)
         options = {**cooling, "direction": direction, "entropy": True}
         torch.library.opcheck(ops.token_logprobs.default, arguments, options)
+
+
+def test_a_compiled_call_that_is_a_process_s_first_breaks_the_graph():
+    code = (
+        "import torch, rewardfuse\n"
+        "step = torch.compile(rewardfuse.token_logprobs, fullgraph=True, backend='eager')\n"
+        "print(step(torch.zeros(3, 4), torch.zeros(3, dtype=torch.long)).exp().sum().item())"
+    )
+    environment = os.environ | {"REWARDFUSE_BACKEND": "reference"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "0.75", done.stderr[-2000:]

@@ -498,3 +498,30 @@ def test_more_than_2_31_logits_overflow_an_index(compiled_backend):
     assert gradient[0, -1, 0].item() == pytest.approx(
         math.exp(-log_mass) * (math.log(v) - log_mass - expected), rel=1e-2
     )
+
+
+@pytest.mark.parametrize("estimator", ["full", "full_forward"])
+def test_an_infinite_kl_that_is_clamped_or_not_asked_for_spoils_a_gradient(backend, estimator):
+    finite, excluding = torch.tensor([[[0.0, 1.0, 2.0]]]), torch.tensor([[[0.0, -torch.inf, 1.0]]])
+    policy, ref_logits = (finite, excluding) if estimator == "full" else (excluding, finite)
+    policy = policy.to(backend.device).requires_grad_()
+    tokens = torch.tensor([[0]], device=backend.device)
+    given = policy, ref_logits.to(backend.device), tokens
+    options = {"kl_coef": 0.1, "estimator": estimator}
+    clamped = kl_penalized_rewards_from_logits(*given, output_clamp=10.0, **options)
+    assert clamped.kl.item() == 10
+    assert torch.autograd.grad(clamped.kl.sum(), policy)[0].tolist() == [[[0, 0, 0]]]
+    free = kl_penalized_rewards_from_logits(*given, **options)
+    assert free.kl.item() == torch.inf
+    (found,) = torch.autograd.grad(free.logprobs.sum() + 0 * free.kl.detach().clamp(max=1).sum(), policy)
+    (expected,) = torch.autograd.grad(policy.log_softmax(-1)[0, 0, 0], policy)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_gradient_of_an_infinite_forward_kl_is_not_the_difference_of_the_models(backend):
+    policy = torch.tensor([[[0.0, -torch.inf, 1.0]]], device=backend.device, requires_grad=True)
+    ref_logits = torch.tensor([[[0.0, 1.0, 2.0]]], device=backend.device)
+    tokens = torch.tensor([[0]], device=backend.device)
+    kl = kl_penalized_rewards_from_logits(policy, ref_logits, tokens, kl_coef=0.1, estimator="full_forward").kl
+    (gradient,) = torch.autograd.grad(kl.sum(), policy)
+    torch.testing.assert_close(gradient, policy.detach().softmax(-1) - ref_logits.softmax(-1))
