@@ -42,11 +42,9 @@ def masked_whiten(values: Tensor, mask: Tensor | None = None, shift_mean: bool =
     _checks.check_tensors(values=values)
     _checks.check_rewards("values", values)
     _checks.check_options(mask)
+    _checks.check_mask(mask, "values", values)
     if mask is None:
         mask = torch.ones_like(values, dtype=torch.bool)
-    elif mask.dtype is not torch.bool:
-        raise TypeError(f"mask: expected a tensor of torch.bool, got {mask.dtype}")
-    _checks.check_like("mask", mask, "values", values)
     dtype = torch.float64 if values.dtype is torch.float64 else torch.float32
     count = mask.sum()
     selected = torch.where(mask, values, 0).double()

@@ -93,6 +93,15 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
     check_device(name, tensor, other_name, other)
 
 
+def check_mask(mask: Tensor | None, other_name: str, other: Tensor) -> None:
+    """None, or a boolean tensor of the shape and on the device of another."""
+    if mask is None:
+        return
+    if mask.dtype is not torch.bool:
+        raise TypeError(f"mask: expected a tensor of torch.bool, got {mask.dtype}")
+    check_like("mask", mask, other_name, other)
+
+
 def check_per_item(name: str, tensor: Tensor | None, other_name: str, other: Tensor) -> None:
     """None, a 0-d tensor or one of exactly the rewards' shape, of any real dtype."""
     if tensor is None:
@@ -129,10 +138,7 @@ def check_pairs(a_name: str, a: Tensor, b_name: str, b: Tensor, mask: Tensor | N
         raise TypeError(f"{b_name}: expected the dtype of {a_name}, {a.dtype}, got {b.dtype}")
     for name, tensor in per_item.items():
         check_per_item(name, tensor, a_name, a)
-    if mask is not None:
-        if mask.dtype is not torch.bool:
-            raise TypeError(f"mask: expected a tensor of torch.bool, got {mask.dtype}")
-        check_like("mask", mask, a_name, a)
+    check_mask(mask, a_name, a)
 
 
 def values_are_checked(rewards: Tensor) -> bool:

@@ -50,10 +50,7 @@ def check_items(scores: Tensor, shape: torch.Size, lengths: Tensor | None, mask:
     if lengths is not None:
         check_integers("lengths", lengths)
         check_per_list("lengths", lengths, shape, scores, scalar=False)
-    if mask is not None:
-        if mask.dtype is not torch.bool:
-            raise TypeError(f"mask: expected a tensor of torch.bool, got {mask.dtype}")
-        _checks.check_like("mask", mask, "scores", scores)
+    _checks.check_mask(mask, "scores", scores)
 
 
 def check_weight(weight: Tensor | None, shape: torch.Size, scores: Tensor) -> None:

@@ -159,16 +159,8 @@ def check_rows(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, shap
     _checks.check_like("ref_logprobs", ref_logprobs, "logprobs", logprobs)
     if ref_logprobs.dtype is not logprobs.dtype:
         raise TypeError(f"ref_logprobs: expected the dtype of logprobs, {logprobs.dtype}, got {ref_logprobs.dtype}")
-    if mask is not None:
-        check_mask(mask, "logprobs", logprobs)
+    _checks.check_mask(mask, "logprobs", logprobs)
     check_shaping(shaping, "logprobs", logprobs)
-
-
-def check_mask(mask: Tensor, other_name: str, other: Tensor) -> None:
-    """A boolean tensor of the shape and on the device of another."""
-    if mask.dtype is not torch.bool:
-        raise TypeError(f"mask: expected a tensor of torch.bool, got {mask.dtype}")
-    _checks.check_like("mask", mask, other_name, other)
 
 
 def check_shaping(shaping: Shaping, name: str, tokens: Tensor) -> None:

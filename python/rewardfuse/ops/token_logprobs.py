@@ -183,10 +183,7 @@ def check_tokens(tokens: Tensor, name: str, rows: Tensor, mask: Tensor | None, t
             f"tokens: expected the shape of {name} without its last dimension, {expected}, got {list(tokens.shape)}"
         )
     _checks.check_device("tokens", tokens, name, rows)
-    if mask is not None:
-        if mask.dtype is not torch.bool:
-            raise TypeError(f"mask: expected a tensor of torch.bool, got {mask.dtype}")
-        _checks.check_like("mask", mask, "tokens", tokens)
+    _checks.check_mask(mask, "tokens", tokens)
     _checks.check_constants(temperature=temperature)
     _checks.check_per_item("temperature", temperature, "tokens", tokens)
 
