@@ -12,8 +12,11 @@ import torch
 import transformers
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from rewardfuse import _processes
 from rewardfuse._callbacks import Progress, SaveWhole
 from rewardfuse._files import STAGING, atomic_file, publish_files, publish_folder, remove_folder, staging_folder
+from rewardfuse._fsdp import prepare_fsdp, save_fsdp_state
+from rewardfuse._global_batches import PLACEHOLDER, GlobalBatches, PlaceholderCollator, WithPlaceholders, nothing
 from rewardfuse._objective_base import Objective
 from rewardfuse._training_arguments import training_arguments
 from rewardfuse.batching import EnsembleDataset, TokenizedDataset
@@ -79,6 +82,8 @@ class RewardTrainer(transformers.Trainer):
         **kwargs: Any,
     ):
         super().__init__(compute_metrics=self._evaluation_metrics, **kwargs)
+        if self.is_fsdp_enabled:
+            prepare_fsdp(self.model, self.accelerator.state.fsdp_plugin, options)
         self.objective, self.options, self.record, self.adapters = objective, options, record, adapters
         self._sums_and_counts = torch.zeros(
             (2, len(objective.train_metrics)), dtype=torch.float64, device=self.args.device
@@ -136,17 +141,34 @@ class RewardTrainer(transformers.Trainer):
         """This batch's sum over the mean count of the step's batches (:meth:`_get_num_items_in_batch`): the mean of it
         over batches and processes, which the Trainer takes, is the mean over all items of the step."""
         outputs = model(**row_inputs(inputs), return_outputs=True)  # not model.loss: DDP works by its own forward
+        if PLACEHOLDER in inputs:
+            loss = nothing(outputs.outputs, outputs.log_tie)
+            return (loss, outputs) if return_outputs else loss
         loss, sums_and_counts = self.objective.loss(outputs, inputs, num_items_in_batch)
         self._sums_and_counts += sums_and_counts
         marked = self._first_bad_step.clamp(max=self.state.global_step + 1)
         self._first_bad_step = torch.where(torch.isfinite(loss), self._first_bad_step, marked)
         return (loss, outputs) if return_outputs else loss
 
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Steps that hold the same records whatever the number of processes, see :class:`GlobalBatches`."""
+        args = self.args
+        sizes = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
+        loader = torch.utils.data.DataLoader(
+            WithPlaceholders(self.train_dataset),
+            batch_sampler=GlobalBatches(self.train_dataset, *sizes, seed=args.seed),
+            collate_fn=PlaceholderCollator(self.data_collator),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
         """How many items of the loss the batches of this optimizer step have on average, over all processes."""
         if not batch_samples:
             return None
-        counts = [torch.as_tensor(self.objective.count(batch), device=device) for batch in batch_samples]
+        counts = [0 if PLACEHOLDER in batch else self.objective.count(batch) for batch in batch_samples]
+        counts = [torch.as_tensor(count, device=device) for count in counts]
         mean = torch.stack(counts).sum() / len(counts)
         return self.accelerator.reduce(mean, "mean").clamp(min=torch.finfo(mean.dtype).tiny)  # of no items the sum is 0
 
@@ -214,12 +236,13 @@ class RewardTrainer(transformers.Trainer):
 
     def _check_finite(self, weights: bool = False) -> None:
         bad_step = self.accelerator.gather(self._first_bad_step.reshape(1)).min().item()
-        what, step = "loss", bad_step
-        if math.isinf(bad_step):
-            if not weights or all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
-                return
-            what, step = "weight", self.state.global_step
-        raise NonFiniteLossError(self._says(what, int(step)))
+        if not math.isinf(bad_step):
+            raise NonFiniteLossError(self._says("loss", int(bad_step)))
+        if weights:
+            own = [getattr(parameter, "_local_tensor", parameter) for parameter in self.model.parameters()]  # FSDP's
+            finite = all(torch.isfinite(parameter).all() for parameter in own)
+            if not all(_processes.gather(finite)):
+                raise NonFiniteLossError(self._says("weight", self.state.global_step))
 
     def _says(self, what: str, step: int) -> str:
         left = list_checkpoints(Path(self.args.output_dir))
@@ -279,19 +302,31 @@ class RewardTrainer(transformers.Trainer):
             if path != best:
                 remove_folder(path)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, but whole weights also where FSDP keeps its own checkpoints in shards."""
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        state = self.accelerator.get_state_dict(self.model)  # gathers: on every process
+        return self._save(output_dir, state)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Model, tokenizer and options; the Trainer's own would add its arguments as a pickle."""
         folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        main = self.args.should_save
         if self.adapters and self._stage:  # of a checkpoint; the final model is merged by now
             state_dict = self.adapters.merged_state()
-            if main:
-                self.adapters.save(folder)
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict, is_main_process=main)
-        if main:
-            self.processing_class.save_pretrained(folder)
-            (folder / OPTIONS_FILE).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+            self.adapters.save(folder)
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+        (folder / OPTIONS_FILE).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer's, but under FSDP without the weights once more, as a pickle."""
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        return save_fsdp_state(self, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Strictly: a weight under another name must not be passed over in silence, as the Trainer's own does."""
@@ -301,6 +336,10 @@ class RewardTrainer(transformers.Trainer):
             (self.model if model is None else model).load_weights(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint and self.is_fsdp_enabled == Path(checkpoint, "optimizer.pt").is_file():
+            kinds = ("without FSDP", "with FSDP")
+            made, runs = kinds[not self.is_fsdp_enabled], kinds[self.is_fsdp_enabled]
+            raise ValueError(f"resume_from_checkpoint: {checkpoint} was made {made}, this run is {runs}")
         with damage_named(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 

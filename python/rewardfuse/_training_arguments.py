@@ -15,7 +15,7 @@ def training_arguments(options: TrainOptions, *, evaluates: bool) -> transformer
     """
     names = "output_dir learning_rate weight_decay num_train_epochs max_steps per_device_train_batch_size seed bf16 "
     names += "per_device_eval_batch_size gradient_accumulation_steps max_grad_norm lr_scheduler_type logging_steps "
-    names += "metric_for_best_model disable_tqdm use_cpu"
+    names += "metric_for_best_model disable_tqdm"
     save_steps = options.save_steps or options.eval_steps
     if options.keeps_best and bool(save_steps) != bool(options.eval_steps):
         raise ValueError("save_steps without eval_steps cannot keep the best model: checkpoints must meet evaluations")
@@ -31,6 +31,7 @@ def training_arguments(options: TrainOptions, *, evaluates: bool) -> transformer
         load_best_model_at_end=options.keeps_best,
         greater_is_better=options.metric_for_best_model not in LOWER_IS_BETTER,
         restore_callback_states_from_checkpoint=True,
+        use_cpu=options.use_cpu or not torch.accelerator.is_available(),  # else processes would not find each other
         logging_nan_inf_filter=False,  # it would synchronize in every step, and hide what must stop the run
         remove_unused_columns=False,
         label_names=[],

@@ -192,3 +192,13 @@ def one_line_errors(name: str | Path, what: str = "a model") -> Iterator[None]:
     except Exception as error:  # a damaged checkpoint can raise anything, strict dataclasses of the hub included
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(first if str(name) in first else f"{name}: cannot load {what} ({first})") from error
+
+
+def take_weights(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """``module.load_state_dict(state)``, also where FSDP has sharded the module: each process keeps its part."""
+    if all(type(parameter.data) is torch.Tensor for parameter in module.parameters()):
+        module.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True))

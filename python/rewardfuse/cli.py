@@ -45,13 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             if os.environ.get("REWARDFUSE_DEBUG") == "1":
                 raise
-            print(f"rewardfuse: error: {_one_line(error)}", file=sys.stderr)
+            print(f"rewardfuse: {_process()}error: {_one_line(error)}", file=sys.stderr)
             return EXIT_BAD_INPUT
 
 
 def _show_warning(message: Any, category: type[Warning], *_: Any) -> None:
-    if issubclass(category, UserWarning):  # deprecations inside other packages are nothing a user can act on
+    # Deprecations inside other packages are nothing a user can act on; of several processes one may speak for all.
+    if issubclass(category, UserWarning) and os.environ.get("RANK", "0") == "0":
         print(f"rewardfuse: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _process() -> str:
+    """Which of several processes speaks; nothing where there is only one."""
+    return f"process {os.environ.get('RANK', '0')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def _one_line(error: Exception) -> str:

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewardfuse.checkpoints import LOADING, check_complete, check_folder, one_line_errors, quiet_transformers
+from rewardfuse.checkpoints import (
+    LOADING,
+    check_complete,
+    check_folder,
+    one_line_errors,
+    quiet_transformers,
+    take_weights,
+)
 from rewardfuse.pooling import padded_spans
 from rewardfuse.reward_head import HeadConfig
 from rewardfuse.reward_model import RewardModel
@@ -94,7 +101,7 @@ class EncoderRewardModel(RewardModel):
         with one_line_errors(folder):
             check_folder(folder)
             saved = type(self).load(folder, dtype=self.backbone.dtype)
-            self.backbone.load_state_dict(saved.backbone.state_dict())
+            take_weights(self.backbone, saved.backbone.state_dict())
         if self.log_tie is not None:
             self.read_log_tie(saved.config, folder)
 

@@ -19,6 +19,7 @@ from rewardfuse.checkpoints import (
     one_line_errors,
     output_width,
     quiet_transformers,
+    take_weights,
     without_pooler,
 )
 from rewardfuse.encoder_classifier import EncoderRewardModel, has_own_classifier
@@ -115,8 +116,8 @@ def load_weights(model: RewardModel, folder: str | Path) -> None:
         check_complete(info, folder)
         if found is None:
             raise ValueError(f"{folder}: no reward head")
-        model.head.load_state_dict(_head_state(found))
-        model.backbone.load_state_dict(without_pooler(saved).state_dict())
+        take_weights(model.head, _head_state(found))
+        take_weights(model.backbone, without_pooler(saved).state_dict())
         if model.log_tie is not None:
             model.read_log_tie(saved.config, folder)
 

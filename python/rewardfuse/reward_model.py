@@ -133,6 +133,11 @@ class RewardModel(nn.Module):
         head.write(self.config)
         self._head_config = head
 
+    @property
+    def _no_split_modules(self) -> Any:
+        """The layers that accelerate shards one by one under FSDP; looked for by this name."""
+        return self.backbone._no_split_modules
+
     def head_parameters(self) -> list[nn.Parameter]:
         """What lies behind the backbone; kept in float32 where the model is cast to a 16-bit type."""
         return [*self.head.parameters(), *([] if self.log_tie is None else [self.log_tie])]
@@ -189,7 +194,8 @@ class RewardModel(nn.Module):
         else:
             outputs = self._outputs(input_ids, attention_mask, position_ids, cu_seqlens, positions)
         shape = outputs.shape[:-1]
-        rewards = self.head_config.reward(outputs.flatten(0, -2)).view(shape)
+        # A copy: FSDP hangs its backward on what forward returns, and warns of views.
+        rewards = self.head_config.reward(outputs.flatten(0, -2)).reshape(shape).clone()
         if not return_outputs:
             return rewards
         # A clone: DistributedDataParallel looks for the graph behind what forward returns, and a parameter has none.

@@ -8,16 +8,15 @@ of them are written beside and moved into place, so a kill or a full disk leaves
 import contextlib
 import dataclasses
 import json
-import os
 import pickle
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rewardfuse import lora
+from rewardfuse import _processes, lora
 from rewardfuse._files import remove_folder, remove_leftovers
 from rewardfuse.train_options import TrainOptions
 
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     Records = Sequence[PreferencePair] | Sequence[RankedList] | Sequence[RatedResponse] | Sequence[SteppedSolution]
 
 OPTIONS_FILE, JOURNAL_FILE, METRICS_FILE = "train_options.json", "metrics.jsonl", "metrics.json"
-CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth")  # beside the model
+CHECKPOINT_FILES = ("trainer_state.json", "optimizer*", "scheduler.pt", "rng_state*.pth")  # beside the model
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ class TrainResult:
 _FREE_ON_RESUME = {"output_dir", "logging_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir"}
 _FREE_ON_RESUME |= {"disable_tqdm", "save_steps", "eval_steps", "gradient_checkpointing", "per_device_eval_batch_size"}
 _FREE_ON_RESUME |= {"eval_dataset_name", "use_cpu", "normalize_reward"}
+# ... nor do these, as long as their product with the number of processes, records_a_step, stays ...
+_FREE_ON_RESUME |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
 # ... and these do, but people extend a run or end it otherwise on purpose.
 _WARN_ON_RESUME = {"num_train_epochs", "max_steps", "early_stopping_patience", "load_best_model_at_end"}
 _WARN_ON_RESUME |= {"metric_for_best_model"}
@@ -87,8 +88,57 @@ def train_reward_model(
             weights.
         OSError: an output cannot be written; no half-written file is left.
     """
-    from rewardfuse._objectives import objective_of
     from rewardfuse._trainer import build_trainer
+
+    _processes.connect(options.use_cpu)
+    with _processes.together():
+        data = _tokenized(model, tokenizer, train_records, eval_records, options)
+        record = _record(options, data)
+        if options.use_peft:
+            record["base_sha256"] = lora.digest(model)
+    head = [parameter.detach().cpu().numpy().tobytes() for parameter in model.head_parameters()]
+    _processes.check_same({**record, "model": [model.name_or_path, _digest(*head)]})
+    objective, train_set, eval_set = data.objective, data.train_set, data.eval_set
+    with _processes.together():
+        objective.prepare(model, train_records)
+        if model.head_config.std is not None:  # of the rewards that it gave before
+            model.head_config = dataclasses.replace(model.head_config, mean=None, std=None)
+        adapters = lora.Lora(model, options) if options.use_peft else None
+        checkpoint = _prepare_output(options, record) if _processes.rank() == 0 else None
+    checkpoint = _shared_checkpoint(checkpoint)
+    trainer = build_trainer(model, tokenizer, objective, train_set, eval_set, options, record, callbacks, adapters)
+    started = time.monotonic()
+    metrics = {**trainer.run(checkpoint), **(data_report or {})}
+    if adapters:
+        adapters.merge()
+    if data.calibration:
+        batch_size = options.per_device_eval_batch_size
+        metrics |= _calibrate(model, data.calibration, tokenizer, max_length=data.max_length, batch_size=batch_size)
+    metrics |= {f"train_{objective.unit}": len(train_set), f"eval_{objective.unit}": len(eval_set or ())}
+    metrics["truncated_responses"] = train_set.truncated + (eval_set.truncated if eval_set else 0)
+    metrics |= {"max_length": data.max_length, "seconds": round(time.monotonic() - started, 3)}
+    trainer.write_outputs(metrics)
+    return TrainResult(options.output_dir, trainer.state.global_step, metrics, trainer.history())
+
+
+class _Data(NamedTuple):
+    """What a run trains on, checked and tokenized."""
+
+    objective: "Objective"
+    train_set: "TokenizedDataset"
+    eval_set: "TokenizedDataset | None"
+    calibration: list[Any]  # texts whose rewards normalize_reward measures
+    max_length: int
+
+
+def _tokenized(
+    model: "RewardModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    train_records: "Records",
+    eval_records: "Records | None",
+    options: TrainOptions,
+) -> _Data:
+    from rewardfuse._objectives import objective_of
     from rewardfuse.tokenizing import longest_input
 
     if options.keeps_best and not eval_records:
@@ -97,34 +147,14 @@ def train_reward_model(
     objective.fit_head(model.head_config)
     calibration = _calibration_texts(objective, eval_records or train_records) if options.normalize_reward else []
     max_length = longest_input(tokenizer, model.config, options.max_length)
-    shared = {"progress": not options.disable_tqdm}
+    shared = {"progress": not options.disable_tqdm and _processes.rank() == 0}
     train_set = objective.dataset(train_records, tokenizer, max_length, **shared)
     eval_set = objective.dataset(eval_records, tokenizer, max_length, **shared) if eval_records else None
     for where, records, data in (("training", train_records, train_set), ("evaluation", eval_records, eval_set)):
         if data is not None:
             objective.check_truth(data.items, where)
             _check_tokens(records, data, objective, tokenizer, model)
-    record = _record(options, objective, max_length, train_set)
-    if options.use_peft:
-        record["base_sha256"] = lora.digest(model)
-    objective.prepare(model, train_records)
-    if model.head_config.std is not None:  # of the rewards that it gave before
-        model.head_config = dataclasses.replace(model.head_config, mean=None, std=None)
-    adapters = lora.Lora(model, options) if options.use_peft else None
-    checkpoint = _prepare_output(options, record)
-    trainer = build_trainer(model, tokenizer, objective, train_set, eval_set, options, record, callbacks, adapters)
-    started = time.monotonic()
-    metrics = {**trainer.run(checkpoint), **(data_report or {})}
-    if adapters:
-        adapters.merge()
-    if calibration:
-        batch_size = options.per_device_eval_batch_size
-        metrics |= _calibrate(model, calibration, tokenizer, max_length=max_length, batch_size=batch_size)
-    metrics |= {f"train_{objective.unit}": len(train_set), f"eval_{objective.unit}": len(eval_set or ())}
-    metrics["truncated_responses"] = train_set.truncated + (eval_set.truncated if eval_set else 0)
-    metrics |= {"max_length": max_length, "seconds": round(time.monotonic() - started, 3)}
-    trainer.write_outputs(metrics)
-    return TrainResult(options.output_dir, trainer.state.global_step, metrics, trainer.history())
+    return _Data(objective, train_set, eval_set, calibration, max_length)
 
 
 def head_for(train_records: "Records", eval_records: "Records | None", options: TrainOptions) -> "HeadConfig":
@@ -171,18 +201,36 @@ def _calibrate(model: "RewardModel", texts: list[Any], *arguments: Any, **option
     return {"reward_mean": mean, "reward_std": std}
 
 
-def _record(
-    options: TrainOptions, objective: "Objective", max_length: int, train_set: "TokenizedDataset"
-) -> dict[str, Any]:
+def _record(options: TrainOptions, data: _Data) -> dict[str, Any]:
     """What every checkpoint keeps, to be compared when it is resumed; as JSON reads it back."""
+    record = {**dataclasses.asdict(options), "loss": data.objective.loss_name, "max_length": data.max_length}
+    record["records_a_step"] = (
+        options.per_device_train_batch_size * options.gradient_accumulation_steps * _processes.count()
+    )
+    name = f"train_{data.objective.unit}"
+    record[name] = len(data.train_set)
+    record[f"{name}_sha256"] = _digest(*(repr(sorted(item.items())).encode() for item in data.train_set.items))
+    return json.loads(json.dumps(record))
+
+
+def _digest(*parts: bytes) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    for item in train_set.items:
-        digest.update(repr(sorted(item.items())).encode())
-    record = {**dataclasses.asdict(options), "loss": objective.loss_name, "max_length": max_length}
-    data = f"train_{objective.unit}"
-    return json.loads(json.dumps({**record, data: len(train_set), f"{data}_sha256": digest.hexdigest()}))
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _shared_checkpoint(mine: Path | None) -> Path | None:
+    """The checkpoint that the first process has chosen, in every process."""
+    checkpoint = _processes.gather(mine)[0]
+    with _processes.together():
+        if checkpoint is not None and not checkpoint.is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint: this process does not see {checkpoint}: all need one file system"
+            )
+    return checkpoint
 
 
 def _prepare_output(options: TrainOptions, record: dict[str, Any]) -> Path | None:
@@ -196,10 +244,9 @@ def _prepare_output(options: TrainOptions, record: dict[str, Any]) -> Path | Non
         checkpoint = _checkpoint_to_resume(options.resume_from_checkpoint, folder)
     if checkpoint is not None:
         _compare_records(checkpoint, record)
-    if os.environ.get("RANK", "0") == "0":  # of several processes the first one tidies up
-        remove_leftovers(folder, files=(METRICS_FILE, JOURNAL_FILE), folders="checkpoint-*")
-        if checkpoint is None or checkpoint.resolve().parent != folder.resolve():
-            _clear_output(folder, options.overwrite_output_dir)
+    remove_leftovers(folder, files=(METRICS_FILE, JOURNAL_FILE), folders="checkpoint-*")
+    if checkpoint is None or checkpoint.resolve().parent != folder.resolve():
+        _clear_output(folder, options.overwrite_output_dir)
     return checkpoint
 
 
@@ -256,7 +303,8 @@ def _compare_records(checkpoint: Path, record: dict[str, Any]) -> None:
     with damage_named(checkpoint):
         saved = json.loads(path.read_text(encoding="utf-8"))
     changed = [name for name in record if name not in _FREE_ON_RESUME and saved.get(name) != record[name]]
-    texts = {name: f"{name} (was {saved.get(name)}, is {record[name]})" for name in changed}
+    shown = {"records_a_step": "per_device_train_batch_size · gradient_accumulation_steps · processes"}
+    texts = {name: f"{shown.get(name, name)} (was {saved.get(name)}, is {record[name]})" for name in changed}
     fatal = [texts[name] for name in changed if name not in _WARN_ON_RESUME]
     if fatal:
         raise ValueError(

@@ -58,12 +58,10 @@ def load_model(arguments: argparse.Namespace, **options: Any) -> tuple[Any, Any]
 
 def load_to_score(arguments: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
     """As :func:`load_model`, on the accelerator if there is one and ``--use_cpu`` does not say otherwise."""
-    import torch
+    from rewardfuse import _processes
 
     model, tokenizer = load_model(arguments, **options)
-    if torch.cuda.is_available() and not arguments.use_cpu:
-        model.cuda()
-    return model, tokenizer
+    return model.to(_processes.device(arguments.use_cpu)), tokenizer
 
 
 def print_result(as_json: bool, result: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from rewardfuse import _processes
 from rewardfuse.commands import add_model_flags, add_reading_flags, command, flag, load_model, print_result
 
 
@@ -51,8 +52,20 @@ def _value_settings(kind: Any) -> dict[str, Any]:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from rewardfuse.train import train_reward_model
+
+    with _processes.connected(arguments.use_cpu):
+        with _processes.together():
+            prepared = _prepare(arguments)
+        result = train_reward_model(*prepared[:-1], data_report=prepared[-1])
+    if _processes.rank() == 0:
+        print_result(arguments.json, {"output_dir": result.output_dir, **result.metrics})
+
+
+def _prepare(arguments: argparse.Namespace) -> tuple[Any, ...]:
+    """Model, tokenizer, records to train and to evaluate on, options, and the report on the data."""
     from rewardfuse.data import find_duplicates, load_records, split_held_out
-    from rewardfuse.train import head_for, train_reward_model
+    from rewardfuse.train import head_for
     from rewardfuse.train_options import TrainOptions
 
     values = vars(arguments)
@@ -69,8 +82,7 @@ def _train(arguments: argparse.Namespace) -> None:
     report = _report(read, find_duplicates(train_records, eval_records))
     new = {"head": head} if arguments.new_head else {}
     model, tokenizer = load_model(arguments, new_head=arguments.new_head, seed=options.seed, dtype="float32", **new)
-    result = train_reward_model(model, tokenizer, train_records, eval_records, options, data_report=report)
-    print_result(arguments.json, {"output_dir": result.output_dir, **result.metrics})
+    return model, tokenizer, train_records, eval_records, options, report
 
 
 def _report(read: Sequence[Any], duplicates: Any) -> dict[str, int]:

@@ -1,0 +1,103 @@
+"""Several processes that do one job (``torchrun``, ``accelerate launch``): who they are, and errors that all raise.
+
+A process that stops while the others wait for it would leave them waiting, half an hour by default. So whatever may
+fail in one of them alone runs under :func:`together`.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed
+
+
+class OtherProcessError(ValueError):
+    """Another process of this job failed; says which, and why."""
+
+
+def count() -> int:
+    """How many processes do this job; 1 where no launcher says otherwise."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def connect(use_cpu: bool = False) -> None:
+    """Let the processes of this job find each other, as ``accelerate`` does it; nothing where there is only one."""
+    if count() > 1 and not torch.distributed.is_initialized():
+        from accelerate import PartialState
+
+        # without cpu=True accelerate takes the processes of a machine without accelerator for strangers
+        PartialState(cpu=use_cpu or not torch.accelerator.is_available())
+
+
+@contextlib.contextmanager
+def connected(use_cpu: bool = False) -> Iterator[None]:
+    """:func:`connect`, and part in order at the end: a process that just ends may take another one's last message with
+    it, and that one aborts."""
+    before = torch.distributed.is_initialized()
+    connect(use_cpu)
+    yield
+    if torch.distributed.is_initialized() and not before:
+        gather(None)
+        torch.distributed.destroy_process_group()
+
+
+def device(use_cpu: bool = False) -> torch.device:
+    """Where this process computes: its own accelerator, or the CPU."""
+    if use_cpu or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.accelerator.set_device_index(index)
+    return torch.device(torch.accelerator.current_accelerator().type, index)
+
+
+def gather(value: Any) -> list[Any]:
+    """The ``value`` of every process, in order; every process must call it, after :func:`connect`."""
+    if count() == 1:
+        return [value]
+    values = [None] * count()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What fails within in one process fails in all of them; every process must come here, after :func:`connect`.
+
+    Raises:
+        OtherProcessError: this process was well, and another one was not.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    reasons = gather(None if failure is None else (" ".join(str(failure).split()) or type(failure).__name__))
+    if failure is not None:
+        raise failure
+    for number, reason in enumerate(reasons):
+        if reason is not None:
+            raise OtherProcessError(f"process {number} failed: {reason}")
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Refuse processes that were started for different work: ``values`` (options, digests of data) must agree.
+
+    Raises:
+        ValueError: in every process; names the first values that differ, and where.
+    """
+    mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
+    everyone = gather(mine)
+    first = everyone[0]
+    for number, other in enumerate(everyone):
+        differing = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if differing:
+            texts = [f"{name} ({first.get(name)} and {other.get(name)})" for name in differing]
+            raise ValueError(f"processes 0 and {number} were given different options or data: {', '.join(texts)}")
