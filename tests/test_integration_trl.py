@@ -1,8 +1,10 @@
 """TRL's reward trainer on the fused loss: equal to TRL's own by default, and every further option reaches the loss."""
 
 import importlib
+import importlib.metadata
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from datasets import Dataset
 from transformers import HfArgumentParser, LlamaConfig, LlamaForSequenceClassification
 
 import oracles
+import rewardfuse.integrations
 from rewardfuse.byte_tokenizer import byte_tokenizer
 from rewardfuse.integrations import trl as ours
+from rewardfuse.integrations._patching import HookChangedError
 
 STEPS, PAIRS_PER_STEP = 20, 4
 WORDS = ["the", "reward", "of", "a", "good", "answer", "is", "more", "than", "bad", "one"]
@@ -228,12 +232,61 @@ def test_label_smoothing_factor_is_taken_for_label_smoothing(tmp_path):
         ours.RewardConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, label_smoothing_factor=0.1)
 
 
-def test_untested_trl_version_passes_in_silence():
-    with pytest.warns(UserWarning, match="tested with TRL 1.16, but TRL 1.17.0 is installed"):
-        ours.warn_if_untested("1.17.0")
+@pytest.fixture
+def fresh_import(monkeypatch):
+    """Import the drop-in anew; afterwards everything is as before."""
+    name = "rewardfuse.integrations.trl"
+    monkeypatch.setattr(rewardfuse.integrations, "trl", ours)
+    monkeypatch.delitem(sys.modules, name)
+    return lambda: importlib.import_module(name)
+
+
+def test_untested_trl_version_passes_in_silence(monkeypatch, fresh_import):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: {"trl": "1.17.0"}[package])
+    with pytest.warns(UserWarning, match=r"tested with trl 1\.16, but trl 1\.17\.0 is installed"):
+        fresh_import()
+
+
+def test_tested_trl_version_warns(monkeypatch, fresh_import):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: {"trl": "1.16.3"}[package])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ours.warn_if_untested("1.16.3")
+        fresh_import()
+
+
+def _other_parameters(self, model, batch):
+    raise AssertionError("not to be called")
+
+
+@pytest.mark.parametrize("name", sorted(ours.HOOKS))
+def test_method_with_other_parameters_is_overridden_in_silence(monkeypatch, fresh_import, name):
+    monkeypatch.setattr(trl.RewardTrainer, name, _other_parameters)
+    message = r"takes \(self, model, batch\), expected \(" + ", ".join(("self", *ours.HOOKS[name])) + r"\)"
+    with pytest.raises(HookChangedError, match=message):
+        fresh_import()
+
+
+def test_method_that_trl_has_no_more_is_overridden_in_silence():
+    with pytest.raises(HookChangedError, match=r"Empty has no compute_loss any more"):
+        ours.check_hooks(type("Empty", (), {}), {"compute_loss": ()})
+
+
+def test_policy_trainers_are_imported_too_early_or_not_at_all(monkeypatch, fresh_import):
+    policy = SimpleNamespace(**{name: object() for name in ours.POLICY_TRAINERS})
+    monkeypatch.setattr(rewardfuse.integrations, "_trl_policy", policy, raising=False)
+    monkeypatch.setitem(sys.modules, "rewardfuse.integrations._trl_policy", policy)
+    module = fresh_import()
+    assert set(ours.POLICY_TRAINERS) < set(module.__all__)
+    for name in ours.POLICY_TRAINERS:
+        assert name not in vars(module) and getattr(module, name) is getattr(policy, name)
+    with pytest.raises(AttributeError, match=r"module 'rewardfuse\.integrations\.trl' has no attribute 'PPOTrainer'"):
+        module.PPOTrainer  # noqa: B018
+
+
+def test_batches_are_cut_apart_between_processes(tmp_path, tokenizer):
+    with pytest.warns(UserWarning, match="dispatch_batches=True would cut pairs and lists apart"):
+        trainer = make_trainer(ours, tmp_path, tokenizer, pairs(), accelerator_config={"dispatch_batches": True})
+    assert trainer.accelerator.dispatch_batches is False
 
 
 def test_missing_trl_does_not_say_what_to_install(monkeypatch):

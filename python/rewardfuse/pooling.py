@@ -7,7 +7,7 @@ token's id, so that pad may be eos or any other token.
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -100,6 +100,27 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def in_groups(
+    run: Callable[..., torch.Tensor],
+    input_ids: Sequence[torch.Tensor],
+    attention_mask: Sequence[torch.Tensor] | None,
+    restore: torch.Tensor | None,
+    *more: Sequence[Any],
+) -> torch.Tensor:
+    """``run(ids, mask, …)`` on each group of rows, and the results laid end to end in the order of the batch.
+
+    Args:
+        restore: int64 ``[B]``, the place of each row of the batch in the groups laid end to end.
+        more: further arguments of ``run``, one a group.
+
+    Raises:
+        ValueError: the groups of ids, masks and places do not fit.
+    """
+    if attention_mask is None or len(attention_mask) != len(input_ids) or restore is None:
+        raise ValueError("groups of input_ids need as many of attention_mask, and restore")
+    return torch.cat([run(*group) for group in zip(input_ids, attention_mask, *more, strict=True)])[restore]
 
 
 class Layouts:

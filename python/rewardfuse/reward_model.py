@@ -24,7 +24,7 @@ from rewardfuse.checkpoints import (
     quiet_transformers,
     without_pooler,
 )
-from rewardfuse.pooling import Layouts
+from rewardfuse.pooling import Layouts, in_groups
 from rewardfuse.process_rewards import process_reward_loss
 from rewardfuse.reward_head import HeadConfig, RewardHead
 
@@ -208,16 +208,15 @@ class RewardModel(nn.Module):
         restore: torch.Tensor | None,
         positions: torch.Tensor | None,
     ) -> torch.Tensor:
-        if attention_mask is None or len(attention_mask) != len(input_ids) or restore is None:
-            raise ValueError("groups of input_ids need as many of attention_mask, and restore")
-        sizes = [len(rows) for rows in input_ids]
-        grouped = positions  # given in the batch's order, needed in that of the groups
-        if positions is not None:
+        parts: Sequence[torch.Tensor | None] = [None] * len(input_ids)
+        if positions is not None and restore is not None:  # given in the batch's order, needed in that of the groups
             grouped = torch.empty_like(positions).index_copy_(0, restore, positions)
-        parts = [None] * len(sizes) if grouped is None else grouped.split(sizes)
-        rows = zip(input_ids, attention_mask, parts, strict=True)
-        outputs = [self._outputs(ids, mask, None, None, part) for ids, mask, part in rows]
-        return torch.cat(outputs)[restore]
+            parts = grouped.split([len(rows) for rows in input_ids])
+
+        def outputs(ids: torch.Tensor, mask: torch.Tensor, part: torch.Tensor | None) -> torch.Tensor:
+            return self._outputs(ids, mask, None, None, part)
+
+        return in_groups(outputs, input_ids, attention_mask, restore, parts)
 
     def _outputs(
         self,

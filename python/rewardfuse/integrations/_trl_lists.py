@@ -12,19 +12,21 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import global_then_local_main_first, pad
 
 from rewardfuse.batch_losses import LIST_LOSSES, list_loss, list_stats
-from rewardfuse.batching import collate_lists
+from rewardfuse.batching import Rows, collate_lists
 from rewardfuse.data import kind_of
 from rewardfuse.data.ranked_lists import RankedList, check_responses, ranks_of
 from rewardfuse.integrations._trl_metrics import DeferredMetrics, number
+from rewardfuse.integrations._trl_pooling import PooledRows, PoolingOptions, count_tokens
 from rewardfuse.ops.plackett_luce import TIES
+from rewardfuse.reward_model import row_inputs
 from rewardfuse.tokenizing import as_messages
 
 COLUMNS = ("response_ids", "ranks", "weight", "top_k")  # of a prepared data set
 
 
 @dataclass
-class ListwiseRewardConfig(trl.RewardConfig):
-    """TRL's ``RewardConfig`` with the options of the losses of ranked lists.
+class ListwiseRewardConfig(PoolingOptions, trl.RewardConfig):
+    """TRL's ``RewardConfig`` with the options of the losses of ranked lists, ``pooling`` and ``row_layout``.
 
     Parameters (beside TRL's; ``per_device_train_batch_size`` counts lists, ``max_length`` leaves out a list if any of
     its responses is longer):
@@ -32,6 +34,7 @@ class ListwiseRewardConfig(trl.RewardConfig):
             :func:`rewardfuse.all_pairs_loss` on every pair of different ranks.
         ties (str, default "breslow"): how Plackett-Luce takes tied ranks, "breslow" or "efron".
         top_k (int, default None): only so many of the best responses of a list are taken as ranked.
+        pooling, row_layout (str): as of ``RewardConfig``.
 
     Raises:
         ValueError: an option that is none of these, ``ties`` with another loss than Plackett-Luce, or
@@ -71,8 +74,12 @@ class DataCollatorForRankedLists(DataCollatorMixin):
     pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
 
+    def rows(self, examples: list[dict[str, Any]]) -> Rows:
+        """Token ids of every response, list after list, best first, and the other tensors of the batch."""
+        return collate_lists(examples)
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        sequences, rankings = collate_lists(examples)
+        sequences, rankings = self.rows(examples)
         ids = [torch.tensor(sequence) for sequence in sequences]
         options = {"padding_side": "right", "pad_to_multiple_of": self.pad_to_multiple_of}
         return {
@@ -82,7 +89,7 @@ class DataCollatorForRankedLists(DataCollatorMixin):
         }
 
 
-class ListwiseRewardTrainer(DeferredMetrics, trl.RewardTrainer):
+class ListwiseRewardTrainer(PooledRows, DeferredMetrics, trl.RewardTrainer):
     r"""TRL's ``RewardTrainer`` for ranked lists: Plackett-Luce or all ordered pairs, each response encoded once.
 
     The data set has a column ``responses`` (at least two strings, or lists of chat messages, a row), with or without
@@ -112,6 +119,7 @@ class ListwiseRewardTrainer(DeferredMetrics, trl.RewardTrainer):
         super().__init__(model, args or ListwiseRewardConfig("ranked-reward"), *more, **kwargs)
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = DataCollatorForRankedLists(**vars(self.data_collator))
+        self._set_up_rows()
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         def prepare(example, index):
@@ -144,12 +152,13 @@ class ListwiseRewardTrainer(DeferredMetrics, trl.RewardTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of the batch's lists, a 0-d float32 tensor; with ``return_outputs`` also the model's outputs."""
-        sequences = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        outputs = model(**sequences, use_cache=False)  # a cache has no use here, and clashes with checkpointing
+        outputs = model(
+            **row_inputs(inputs), use_cache=False
+        )  # a cache has no use here, and clashes with checkpointing
         rewards = outputs.logits.squeeze(-1)
         loss = list_loss(rewards, inputs, loss=self.args.loss, ties=self.args.ties, top_k=self.args.top_k)
         stats = list_stats(rewards, inputs, self.args.top_k)
-        self._record(outputs.logits, stats.accuracy, stats.margin, inputs["attention_mask"])
+        self._record(outputs.logits, stats.accuracy, stats.margin, count_tokens(inputs))
         return (loss, outputs) if return_outputs else loss
 
 

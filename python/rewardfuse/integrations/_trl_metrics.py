@@ -22,16 +22,21 @@ class DeferredMetrics:
         self._pending: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         super().__init__(*args, **kwargs)
 
-    def _record(
-        self, logits: torch.Tensor, accuracy: torch.Tensor, margin: torch.Tensor, attention_mask: torch.Tensor
-    ) -> None:
-        """Keep this batch's metrics on the device: ``logits`` [sequences, 1], ``accuracy`` and ``margin`` 0-d."""
+    @torch.no_grad()
+    def _record(self, logits: torch.Tensor, accuracy: torch.Tensor, margin: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Keep this batch's metrics on the device: ``logits`` [sequences, 1]; ``accuracy``, ``margin``, ``tokens`` 0-d.
+
+        Processes exchange vectors of a fixed size, never the logits: those with lists may have different numbers.
+        """
         training = self.model.training
-        gather = self.accelerator.gather_for_metrics
-        rewards = self.accelerator.gather(logits.detach())  # of every process
-        values = [rewards.min(), rewards.mean(), rewards.max(), gather(accuracy), gather(margin)]
-        metrics = torch.stack([value.mean().to(accuracy.dtype) for value in values])
-        tokens = gather(attention_mask.sum()).sum() if training else attention_mask.new_zeros(())
+        rewards = logits.to(accuracy.dtype)
+        count = rewards.new_full((), rewards.numel())
+        spread = torch.stack([rewards.min(), rewards.sum(), rewards.max(), count])
+        low, total, high, count = self.accelerator.gather(spread[None]).unbind(dim=1)  # one row for each process
+        # TRL gathers these two, and the tokens, as it would samples: the end of a data set may leave a process out
+        means = self.accelerator.gather_for_metrics(torch.stack([accuracy, margin])[None]).mean(dim=0)
+        metrics = torch.cat([torch.stack([low.min(), total.sum() / count.sum(), high.max()]), means])
+        tokens = self.accelerator.gather_for_metrics(tokens).sum() if training else torch.zeros_like(tokens)
         self._pending.append(("train" if training else "eval", metrics, tokens))
         if len(self._pending) >= 256:  # bounds the memory of a run that never logs
             self._collect()

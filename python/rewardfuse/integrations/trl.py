@@ -5,17 +5,19 @@ Change one import; nothing else in a script has to change::
     from rewardfuse.integrations.trl import RewardConfig, RewardTrainer  # was: from trl import …
 
 With default options losses and metrics equal TRL's own (tested against TRL 1.16). Ranked lists, which TRL has no
-trainer for: ``ListwiseRewardConfig``, ``ListwiseRewardTrainer``, ``DataCollatorForRankedLists``.
+trainer for: ``ListwiseRewardConfig``, ``ListwiseRewardTrainer``, ``DataCollatorForRankedLists``. The trainers of
+policies (``GRPOTrainer``, ``RLOOTrainer`` and their configurations) are loaded when they are first asked for, since
+TRL takes seconds to load its own.
 """
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from packaging.version import Version
 
 from rewardfuse import bradley_terry_loss
+from rewardfuse.batching import Rows
 
 try:
     import trl
@@ -28,47 +30,82 @@ except ModuleNotFoundError as error:
 
 from trl.trainer.reward_trainer import DataCollatorForPreference as _TRLDataCollator
 
+from rewardfuse.integrations._patching import HookChangedError, check_parameters, warn_if_untested
 from rewardfuse.integrations._trl_lists import DataCollatorForRankedLists, ListwiseRewardConfig, ListwiseRewardTrainer
 from rewardfuse.integrations._trl_metrics import DeferredMetrics, number
+from rewardfuse.integrations._trl_pooling import PooledRows, PoolingOptions, count_tokens
+from rewardfuse.reward_model import row_inputs
+
+if TYPE_CHECKING:
+    from rewardfuse.integrations._trl_policy import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 __all__ = [
     "DataCollatorForPreference",
     "DataCollatorForRankedLists",
+    "GRPOConfig",
+    "GRPOTrainer",
     "ListwiseRewardConfig",
     "ListwiseRewardTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
     "RewardConfig",
     "RewardTrainer",
 ]
 
 TESTED_TRL = "1.16"
+POLICY_TRAINERS = ("GRPOConfig", "GRPOTrainer", "RLOOConfig", "RLOOTrainer")
 PAIR_COLUMNS = ("margin", "weight", "target")  # numbers that belong to a pair: for the loss, not for the model
 
 
-def warn_if_untested(version: str) -> None:
-    """Warn when ``version`` of TRL lies outside the tested series; called once, when this module is imported."""
-    if Version(version).release[:2] != Version(TESTED_TRL).release:
-        warnings.warn(
-            f"rewardfuse.integrations.trl is tested with TRL {TESTED_TRL}, but TRL {version} is installed: "
-            "losses and metrics may differ from TRL's own",
-            stacklevel=2,
-        )
+HOOKS = {  # the methods of TRL's trainer that are replaced or wrapped here, and what they take beside self
+    "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "_set_signature_columns_if_needed": (),
+    "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
+    "log": ("logs", "start_time"),
+    "floating_point_ops": ("inputs",),
+    "_track_num_input_tokens": ("inputs",),
+}
 
 
-warn_if_untested(trl.__version__)
+def check_hooks(trainer: type, hooks: dict[str, tuple[str, ...]]) -> None:
+    """Raises HookChangedError unless the class ``trainer`` has each method of ``hooks`` with just these parameters."""
+    for name, parameters in hooks.items():
+        if not hasattr(trainer, name):
+            raise HookChangedError(f"{trainer.__module__}.{trainer.__qualname__} has no {name} any more")
+        check_parameters(getattr(trainer, name), ("self", *parameters))
+
+
+warn_if_untested("trl", TESTED_TRL)
+check_hooks(trl.RewardTrainer, HOOKS)
+check_hooks(_TRLDataCollator, {"torch_call": ("examples",)})
+
+
+def __getattr__(name: str) -> Any:
+    if name in POLICY_TRAINERS:
+        from rewardfuse.integrations import _trl_policy
+
+        return getattr(_trl_policy, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass
-class RewardConfig(trl.RewardConfig):
-    r"""TRL's ``RewardConfig`` with the further options of :func:`rewardfuse.bradley_terry_loss`.
+class RewardConfig(PoolingOptions, trl.RewardConfig):
+    r"""TRL's ``RewardConfig`` with the further options of :func:`rewardfuse.bradley_terry_loss`, and of pooling.
 
     Parameters (beside all of TRL's, ``center_rewards_coefficient`` among them):
         label_smoothing (float, default 0.0): probability :math:`\varepsilon` in [0, 0.5] that a label is flipped:
             :math:`t = y (1 - \varepsilon) + (1 - y) \varepsilon` with y = ``target`` (1 where the data set has none).
             It is not ``label_smoothing_factor``, which TRL inherits from ``transformers`` and never reads.
         beta (float, default 1.0): scale of the reward difference, :math:`z = \beta (r_c - r_r) - m`; positive.
+        pooling (str, default "transformers"): where a reward is read: as TRL, at the last token that is not the pad
+            token (one token early where pad is eos), or "attention_mask", at the last token that the mask covers,
+            with the head run on those tokens alone.
+        row_layout (str, default "padded"): how the rows of a batch lie: as TRL, or without padding to the longest one,
+            "grouped" by length or "packed" end to end; these need ``pooling="attention_mask"``.
 
     Raises:
-        ValueError: ``label_smoothing`` or ``beta`` out of range.
+        ValueError: ``label_smoothing`` or ``beta`` out of range; ``pooling`` or ``row_layout`` is none of these, or
+            they do not go together.
     """
 
     label_smoothing: float = field(
@@ -99,18 +136,26 @@ class DataCollatorForPreference(_TRLDataCollator):
         TypeError: a column that holds no number for one of the pairs, named with the value that came.
     """
 
+    def rows(self, examples: list[dict[str, Any]]) -> Rows:
+        """Token ids of 2 x pairs sequences, the chosen ones first, and the columns, float32 [pairs]."""
+        sequences = [example[name] for name in ("chosen_ids", "rejected_ids") for example in examples]
+        return sequences, _columns(examples)
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Batch of 2 x pairs sequences, the chosen ones first."""
-        columns = {
-            name: torch.tensor([number(name, example.get(name), "pair") for example in examples], dtype=torch.float)
-            for name in PAIR_COLUMNS
-            if name in examples[0]
-        }
         pairs = [{key: value for key, value in example.items() if key not in PAIR_COLUMNS} for example in examples]
-        return {**super().torch_call(pairs), **columns}
+        return {**super().torch_call(pairs), **_columns(examples)}
 
 
-class RewardTrainer(DeferredMetrics, trl.RewardTrainer):
+def _columns(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.tensor([number(name, example.get(name), "pair") for example in examples], dtype=torch.float)
+        for name in PAIR_COLUMNS
+        if name in examples[0]
+    }
+
+
+class RewardTrainer(PooledRows, DeferredMetrics, trl.RewardTrainer):
     r"""TRL's ``RewardTrainer`` with the loss and its metrics from :func:`rewardfuse.bradley_terry_loss`.
 
     With r_c, r_r the rewards of a pair (``logits.squeeze(-1)``, chosen in the first half of the batch),
@@ -130,14 +175,21 @@ class RewardTrainer(DeferredMetrics, trl.RewardTrainer):
 
     Source: Bradley and Terry 1952; TRL 1.16 ``RewardTrainer.compute_loss``.
 
+    Warns:
+        pad and eos are the same token and ``pooling`` is "transformers": every reward is read one token early.
+
     Raises:
         TypeError: a column without a number for some pair.
+        ValueError: ``pooling="attention_mask"`` and a model that does not read the last token through a head
+            ``score``, or with virtual tokens of PEFT; a ``row_layout`` that does not go with the collator, the
+            backbone or the way in which the weights are spread over processes.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if type(self.data_collator) is _TRLDataCollator:
             self.data_collator = DataCollatorForPreference(**vars(self.data_collator))
+        self._set_up_rows()
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -146,6 +198,9 @@ class RewardTrainer(DeferredMetrics, trl.RewardTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of the batch, a 0-d float32 tensor; with ``return_outputs`` also the model's outputs."""
         pair = {name: inputs[name] for name in PAIR_COLUMNS if name in inputs}
+        tokens = count_tokens(inputs)
+        if "row_lengths" in inputs:
+            inputs = row_inputs(inputs)
         inputs = {name: value for name, value in inputs.items() if name not in PAIR_COLUMNS}
         inputs["use_cache"] = False  # no use here, and it clashes with gradient checkpointing
         outputs = model(**inputs)
@@ -161,5 +216,5 @@ class RewardTrainer(DeferredMetrics, trl.RewardTrainer):
             center_rewards_coefficient=self.args.center_rewards_coefficient or 0.0,
             return_stats=True,
         )
-        self._record(outputs.logits, stats.accuracy, stats.reward_margin, inputs["attention_mask"])
+        self._record(outputs.logits, stats.accuracy, stats.reward_margin, tokens)
         return (loss, outputs) if return_outputs else loss
