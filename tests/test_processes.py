@@ -129,6 +129,7 @@ def test_what_cannot_be_sharded_is_tried(folder):
         said = json.loads((folder / f"refused-{rank}.json").read_text())
         assert "use_peft does not run under FSDP" in said["adapters"]
         assert "bradley_terry_tie does not run under FSDP" in said["ties"]
+        assert "group_by_length does not run under FSDP" in said["ragged lists in groups"]
 
 
 def test_checkpoint_of_a_sharded_run_is_resumed_without_sharding(folder):

@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from rewardfuse import _processes
 from rewardfuse.train_options import TrainOptions
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ def prepare_fsdp(model: "RewardModel", plugin: Any, options: TrainOptions) -> No
         raise ValueError("use_peft does not run under FSDP: adapters are small, run it with DDP")
     if model.log_tie is not None:
         raise ValueError("the loss bradley_terry_tie does not run under FSDP, which shards no single number: use DDP")
+    if options.group_by_length and _processes.count() > 1:
+        raise ValueError(
+            "group_by_length does not run under FSDP: processes with another number of groups would wait for each other"
+        )
     policy = plugin.mixed_precision_policy
     if policy is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, None)

@@ -28,13 +28,19 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def on_cpu(use_cpu: bool = False) -> bool:
+    """Whether this job computes on the CPU: by wish, without an accelerator, or with one that several processes cannot
+    share (accelerate would take them for strangers that do one job each)."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return use_cpu or accelerator is None or (count() > 1 and accelerator.type == "mps")
+
+
 def connect(use_cpu: bool = False) -> None:
     """Let the processes of this job find each other, as ``accelerate`` does it; nothing where there is only one."""
     if count() > 1 and not torch.distributed.is_initialized():
         from accelerate import PartialState
 
-        # without cpu=True accelerate takes the processes of a machine without accelerator for strangers
-        PartialState(cpu=use_cpu or not torch.accelerator.is_available())
+        PartialState(cpu=on_cpu(use_cpu))
 
 
 @contextlib.contextmanager
@@ -47,11 +53,19 @@ def connected(use_cpu: bool = False) -> Iterator[None]:
     if torch.distributed.is_initialized() and not before:
         gather(None)
         torch.distributed.destroy_process_group()
+        _forget()
+
+
+def _forget() -> None:
+    """accelerate remembers its state for the life of the process; the next job is to find the others anew."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def device(use_cpu: bool = False) -> torch.device:
     """Where this process computes: its own accelerator, or the CPU."""
-    if use_cpu or not torch.accelerator.is_available():
+    if on_cpu(use_cpu):
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", "0"))
     torch.accelerator.set_device_index(index)

@@ -3,6 +3,7 @@
 import torch
 import transformers
 
+from rewardfuse import _processes
 from rewardfuse._objective_base import LOWER_IS_BETTER
 from rewardfuse.train_options import TrainOptions
 
@@ -31,7 +32,7 @@ def training_arguments(options: TrainOptions, *, evaluates: bool) -> transformer
         load_best_model_at_end=options.keeps_best,
         greater_is_better=options.metric_for_best_model not in LOWER_IS_BETTER,
         restore_callback_states_from_checkpoint=True,
-        use_cpu=options.use_cpu or not torch.accelerator.is_available(),  # else processes would not find each other
+        use_cpu=_processes.on_cpu(options.use_cpu),
         logging_nan_inf_filter=False,  # it would synchronize in every step, and hide what must stop the run
         remove_unused_columns=False,
         label_names=[],
