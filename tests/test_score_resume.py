@@ -49,10 +49,10 @@ class Call:
         with monkeypatch.context() as patch:
             append = ScoreJournal.append
 
-            def stop_at(journal, records, counts):
-                if counts["records"] > windows * OPTIONS["window_size"]:
+            def stop_at(journal, number, records, counts):
+                if number == windows:
                     raise KeyboardInterrupt
-                append(journal, records, counts)
+                append(journal, number, records, counts)
 
             patch.setattr(ScoreJournal, "append", stop_at)
             with pytest.raises(KeyboardInterrupt):
@@ -77,7 +77,7 @@ def whole(call):
 KILLED_RUN = """
     import os, signal, sys
     from pathlib import Path
-    from rewardfuse._score_journal import ScoreJournal
+    from rewardfuse._score_journal import Journal
     from test_score_resume import Call
 
     def die(*_, **__):
@@ -91,14 +91,14 @@ KILLED_RUN = """
         os.fsync = sync
 
     def in_the_middle_of_a_window():
-        append = ScoreJournal.append
-        def torn(journal, records, counts):
-            if counts["records"] < 6:
-                return append(journal, records, counts)
+        append = Journal.append
+        def torn(journal, number, records, counts):
+            if number == 0:
+                return append(journal, number, records, counts)
             journal._stream.write(b'{"prompt": "p ", "chosen": "go')
             journal._stream.flush()
             die()
-        ScoreJournal.append = torn
+        Journal.append = torn
 
     def before_the_journal_goes():
         Path.unlink = die
@@ -134,7 +134,7 @@ def test_killed_at_any_moment_the_same_call_ends_with_the_same_bytes(call, whole
 
 
 def test_journal_cut_at_any_byte_is_continued_to_the_same_bytes(call, whole, monkeypatch):
-    monkeypatch.setattr(ScoreJournal, "publish", lambda journal: 1 / 0)
+    monkeypatch.setattr(ScoreJournal, "publish", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call()
     monkeypatch.undo()
@@ -258,22 +258,44 @@ def test_file_of_somebody_else_in_the_way_is_left_alone(call, notes):
 @pytest.mark.skipif(sys.platform == "win32", reason="files are locked in another way there")
 def test_two_runs_at_once_do_not_mix_their_records(call, whole):
     with ScoreJournal(str(call.target), {"data": 1}) as other:
-        other.append([{"reward": 1.0}], {"records": 1})
+        other.append(0, [{"reward": 1.0}], {"records": 1, "responses": 1, "truncated": 0})
         with pytest.raises(ValueError, match="is being written by another run"):
             call()
-        other.publish()
+        assert other.publish(1)["records"] == 1
     assert call.target.read_bytes() == b'{"reward": 1.0}\n'
     call()
     assert call.target.read_bytes() == whole
 
 
-def test_nan_in_a_later_window_leaves_neither_output_nor_journal(call):
+def test_nan_in_a_later_window_costs_the_windows_before_it(call, monkeypatch):
     call.write([*RECORDS, {"text": "ß"}])
     with torch.no_grad():
         call.model.backbone.embed_tokens.weight[0xC3] = torch.nan
-    with pytest.raises(ValueError, match=r"in\.jsonl:12: the model's `reward` is nan"):
+    scored, score_window = [], score._score_window
+    monkeypatch.setattr(score, "_score_window", lambda *a: scored.append(len(a[2])) or score_window(*a))
+    for windows in ([3, 3, 3, 2], [2]):
+        with pytest.raises(ValueError, match=r"in\.jsonl:12: the model's `reward` is nan"):
+            call()
+        assert scored == windows and call.partial.exists() and not call.target.exists()
+        scored.clear()
+
+
+def test_journal_of_an_older_format_is_another_runs(call, monkeypatch):
+    call.interrupted(monkeypatch, windows=1)
+    old = call.partial.read_bytes().replace(b', "journal": 2}}', b"}}").replace(b'"window": 0, ', b"")
+    call.partial.write_bytes(old)
+    with pytest.raises(ValueError, match=r"differs: journal \(was None, is 2\); overwrite"):
         call()
-    assert [path.name for path in call.source.parent.iterdir()] == ["in.jsonl"]
+    assert call.partial.read_bytes() == old
+    assert call(overwrite=True).records == 10
+
+
+def test_data_that_changes_while_it_is_scored_gets_the_rewards_of_other_records(call, monkeypatch):
+    digest = score.digest_files
+    monkeypatch.setattr(score, "digest_files", lambda paths: (digest(paths), call.write(RECORDS[:7]))[0])
+    with pytest.raises(ValueError, match="the data files were changed while they were read"):
+        call()
+    assert not call.target.exists()
 
 
 def test_disk_that_fills_up_later_costs_no_finished_window(call, whole, monkeypatch):

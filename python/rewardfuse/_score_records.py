@@ -114,6 +114,7 @@ class ScorableRecords:
     Attributes:
         skip_bad: whether bad records are left out, instead of raising.
         skipped: how many bad records the iteration has left out so far.
+        left_out: what :meth:`leave_out` was given: messages by path and line.
 
     Raises:
         DataError: what :func:`rewardfuse.data.load_records` finds, or a record with nothing to score.
@@ -122,27 +123,28 @@ class ScorableRecords:
 
     def __init__(self, paths: Sequence[str], data_format: str = "auto", skip_bad: bool = False):
         self._paths, self.skip_bad = paths, skip_bad
-        self._left_out: dict[tuple[str, int], DataError] = {}
+        self.left_out: dict[tuple[str, int], str] = {}
         self._named = None if data_format == "auto" else formats.named(data_format)
         self.skipped = 0
 
     def leave_out(self, record: Scorable, error: DataError) -> None:
         """Skip a record in later iterations: it is bad in a way that does not show in reading it."""
-        self._left_out[record.path, record.line] = error
+        self.left_out[record.path, record.line] = str(error)
 
     def __iter__(self) -> Iterator[Scorable]:
         self.skipped, self._format, first = 0, self._named, None
         found = False
         for path in self._paths:
             for line, raw in raw_records(path):
+                reason = self.left_out.get((path, line))
                 try:
                     records = self._scorable(path, line, decode(path, line, raw))
-                    if (path, line) in self._left_out:
-                        raise self._left_out[path, line]
                 except DataError as error:
                     if not self.skip_bad:
                         raise
-                    self.skipped, first = self.skipped + 1, first or error
+                    reason = str(error)
+                if reason is not None:
+                    self.skipped, first = self.skipped + 1, first or reason
                     continue
                 found = True
                 yield from records

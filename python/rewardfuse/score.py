@@ -3,10 +3,13 @@
 Records are scored in windows, in the order of the files, and a finished window is saved (``_score_journal``): a call
 that was stopped at any moment goes on there when it is made again, and the output is byte for byte that of an
 uninterrupted one on the same machine. Memory is bounded by the window, not by the files.
+
+Several processes (``torchrun``, ``accelerate launch``) share the windows out among them. What a window's scores are
+does not depend on anything outside it, so the output is the same for any number of processes.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -15,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 import rewardfuse
+from rewardfuse import _processes
 from rewardfuse._score_identity import digest_files, digest_model, digest_tokenizer
 from rewardfuse._score_journal import ScoreJournal
 from rewardfuse._score_records import Scorable, ScorableRecords
@@ -72,6 +76,11 @@ def score_dataset(
     within a window, in batches of like length; the model stays on its device. The output appears, or is replaced, when
     it is complete.
 
+    Under a launcher of several processes every one of them must make the same call, each with the model on a device of
+    its own and ``output_file`` in a folder that all of them see. They score a window each at a time, and all return,
+    with the same result, when the output is there. What fails in one fails in all. A call that was stopped goes on with
+    any number of processes.
+
     Args:
         dataset_name: one file or several, whose records follow one another.
         step_separator: what ends each step of a solution. By default as the model was trained.
@@ -84,44 +93,50 @@ def score_dataset(
     Raises:
         DataError: what :func:`rewardfuse.data.read_records` finds, a record with nothing to score, a prompt that does
             not fit, or a token that the model has no embedding for: before anything is scored. Or a reward that is not
-            finite: nothing is left behind.
+            finite; finished windows are kept.
         TypeError: ``batch_size``, ``max_length`` or ``window_size`` is no integer.
         ValueError: an option out of range, an output file that is one of the data files, a damaged
             ``train_options.json`` beside the model, or what an interrupted run with other data, model or options left.
+            Of several processes also: other options, data or model in one of them, or a folder that one does not see.
         OSError: the output cannot be written; finished windows are kept.
+        OtherProcessError: another process failed, a ValueError.
     """
-    check_options(model, batch_size, normalize_reward)
-    check_count("window_size", window_size)
-    paths = [dataset_name] if isinstance(dataset_name, str | os.PathLike) else list(dataset_name)
-    _check_output(output_file, paths)
-    longest = scoring_length(tokenizer, model, max_length)
-    reading = {"max_length": longest, "step_separator": scoring_separator(model, step_separator)}
+    _processes.connect(use_cpu=model.device.type == "cpu")
+    with _processes.together():
+        check_options(model, batch_size, normalize_reward)
+        check_count("window_size", window_size)
+        paths = [dataset_name] if isinstance(dataset_name, str | os.PathLike) else list(dataset_name)
+        _check_output(output_file, paths)
+        longest = scoring_length(tokenizer, model, max_length)
+        reading = {"max_length": longest, "step_separator": scoring_separator(model, step_separator)}
+        records = ScorableRecords(paths, data_format, skip_bad)
     scoring = {"batch_size": batch_size, "normalize_reward": normalize_reward}
-    records = ScorableRecords(paths, data_format, skip_bad)
-    total = _check_records(model, tokenizer, records, reading, window_size)
-    identity = {
-        "data": digest_files(paths),
-        "model": digest_model(model),
-        "tokenizer": digest_tokenizer(tokenizer),
+    options = {
         "data_format": data_format,
         **reading,
         "max_length": f"by default {longest}" if isinstance(longest, DefaultLength) else longest,  # what fits differs
         **scoring,
         "window_size": window_size,
-        "device": model.device.type,
-        "versions": [rewardfuse.__version__, torch.__version__],
     }
+    files = {"dataset_name": paths, "output_file": output_file, "skip_bad": skip_bad, "overwrite": overwrite}
+    _processes.check_same({**files, **options})
+    total = _check_records(model, tokenizer, records, reading, window_size)
+    skipped = records.skipped
+    with _processes.together():
+        identity = {
+            "data": digest_files(paths),
+            "model": digest_model(model),
+            "tokenizer": digest_tokenizer(tokenizer),
+            **options,
+            "device": model.device.type,
+            "versions": [rewardfuse.__version__, torch.__version__],
+        }
+    _processes.check_same(identity)
     with ScoreJournal(output_file, identity, overwrite) as journal:
-        counts = {"records": 0, "responses": 0, "truncated": 0, **journal.counts}
-        rest = islice(records, counts["records"], None)
-        with tqdm(total=total, initial=counts["records"], desc="records", disable=not progress) as bar:
-            for window in _windows(rest, window_size):
-                scored, added = _score_window(model, tokenizer, window, reading, {**scoring, "progress": progress})
-                counts = {name: count + added[name] for name, count in counts.items()}
-                journal.append(scored, counts)
-                bar.update(len(window))
-        journal.publish()
-    return ScoreResult(str(output_file), skipped=records.skipped, **counts)
+        options = {**scoring, "progress": progress and _processes.rank() == 0}
+        _score_windows(model, tokenizer, records, journal, total, window_size, reading, options)
+        counts = journal.publish(_window_count(total, window_size))
+    return ScoreResult(str(output_file), skipped=skipped, **counts)
 
 
 def _check_output(output_file: str, paths: Sequence[str]) -> None:
@@ -137,31 +152,87 @@ def _check_records(
     reading: dict[str, Any],
     window_size: int,
 ) -> int:
-    """Read and tokenize all records, and return how many there are to score.
+    """Read all records, tokenize this process's share of them, and return how many there are to score.
 
-    What cannot be tokenized is refused, or left out of ``records`` where it skips bad ones: found in its own window
-    only, it would cost those that were scored before.
+    What cannot be tokenized is refused, or left out of ``records`` in every process where they skip bad ones: found in
+    its own window only, it would cost those that were scored before.
     """
     total = 0
-    for window in _windows(iter(records), window_size):
-        total += len(window)
-        try:
-            _tokenize(model, tokenizer, window, reading)
-        except DataError:
-            if not records.skip_bad:
-                raise
-            for record in window:
-                try:
-                    _tokenize(model, tokenizer, [record], reading)
-                except DataError as error:
-                    records.leave_out(record, error)
-                    total -= 1
-    return total
+    with _processes.together():
+        for number, window in enumerate(_windows(iter(records), window_size)):
+            total += len(window)
+            if number % _processes.count() == _processes.rank():
+                _check_window(model, tokenizer, window, records, reading)
+    for left_out in _processes.gather(records.left_out):
+        records.left_out.update(left_out)
+    with _processes.together():
+        # a line of several records is left out with all of them
+        return sum(1 for _ in records) if records.left_out else total
+
+
+def _check_window(
+    model: "RewardModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    window: list[Scorable],
+    records: ScorableRecords,
+    reading: dict[str, Any],
+) -> None:
+    try:
+        _tokenize(model, tokenizer, window, reading)
+    except DataError:
+        if not records.skip_bad:
+            raise
+        for record in window:
+            try:
+                _tokenize(model, tokenizer, [record], reading)
+            except DataError as error:
+                records.leave_out(record, error)
 
 
 def _windows(records: Iterator[Scorable], size: int) -> Iterator[list[Scorable]]:
     while window := list(islice(records, size)):
         yield window
+
+
+def _window_count(total: int, window_size: int) -> int:
+    return -(-total // window_size)
+
+
+def _turns(windows: int, finished: Container[int], count: int) -> list[list[int]]:
+    """The numbers of the windows that are left to score, as many a turn as there are processes: each takes the one at
+    its own place, or none."""
+    left = [number for number in range(windows) if number not in finished]
+    return [left[start : start + count] for start in range(0, len(left), count)]
+
+
+def _score_windows(
+    model: "RewardModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    records: ScorableRecords,
+    journal: ScoreJournal,
+    total: int,
+    window_size: int,
+    reading: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Score this process's share of the windows that the journal does not have.
+
+    The processes wait for one another after each window: so all of them stop soon after one has failed, and none waits
+    so long at the end that the connection gives up.
+    """
+    turns = _turns(_window_count(total, window_size), journal.finished, _processes.count())
+    sizes = {number: min(window_size, total - number * window_size) for turn in turns for number in turn}
+    rank, windows = _processes.rank(), enumerate(_windows(iter(records), window_size))
+    with tqdm(total=total, initial=total - sum(sizes.values()), desc="records", disable=not options["progress"]) as bar:
+        for turn in turns:
+            with _processes.together():
+                if rank < len(turn):
+                    mine = turn[rank]
+                    window = next((window for number, window in windows if number == mine), [])
+                    if len(window) != sizes[mine]:
+                        raise ValueError("the data files were changed while they were read")
+                    journal.append(mine, *_score_window(model, tokenizer, window, reading, options))
+            bar.update(sum(sizes[number] for number in turn))
 
 
 def _tokenize(
@@ -190,7 +261,7 @@ def _score_window(
     reading: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The window's output records, and by how much the counts grow."""
+    """The window's output records, and its counts."""
     ids, truncated, solutions = _tokenize(model, tokenizer, window, reading)
     rewards, outputs = (iter(values.tolist()) for values in score_tokens(model, tokenizer, ids, **options))
     step_rewards = iter(score_steps(model, tokenizer, solutions, **options))

@@ -34,22 +34,26 @@ def add_parser(commands: Any) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
+    from rewardfuse import _processes
     from rewardfuse.score import score_dataset
 
-    model, tokenizer = load_to_score(arguments, **({"dtype": arguments.dtype} if arguments.dtype else {}))
-    result = score_dataset(
-        model,
-        tokenizer,
-        arguments.dataset_name,
-        arguments.output_file,
-        batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-        step_separator=arguments.step_separator,
-        data_format=arguments.data_format,
-        skip_bad=arguments.skip_bad,
-        normalize_reward=arguments.normalize_reward,
-        window_size=arguments.window_size,
-        overwrite=arguments.overwrite,
-        progress=not arguments.disable_tqdm,
-    )
-    print_result(arguments.json, dataclasses.asdict(result))
+    with _processes.connected(arguments.use_cpu):
+        with _processes.together():
+            model, tokenizer = load_to_score(arguments, **({"dtype": arguments.dtype} if arguments.dtype else {}))
+        result = score_dataset(
+            model,
+            tokenizer,
+            arguments.dataset_name,
+            arguments.output_file,
+            batch_size=arguments.batch_size,
+            max_length=arguments.max_length,
+            step_separator=arguments.step_separator,
+            data_format=arguments.data_format,
+            skip_bad=arguments.skip_bad,
+            normalize_reward=arguments.normalize_reward,
+            window_size=arguments.window_size,
+            overwrite=arguments.overwrite,
+            progress=not arguments.disable_tqdm,
+        )
+    if _processes.rank() == 0:
+        print_result(arguments.json, dataclasses.asdict(result))
