@@ -92,7 +92,7 @@ def test_the_picture_is_no_picture(quick_run):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["plackett"], "an op among bradley_terry, kl_rewards, plackett_luce, reward_model, got 'plackett'"),
+        (["plackett"], "an op among bradley_terry, kl_rewards, plackett_luce, reward_model, trainer, got 'plackett'"),
         (["--device", "tpu"], "cpu or cuda, got 'tpu'"),
         (["--repeats", "0"], "--repeats: expected a number from 1, got 0"),
         (["--name", "a/b"], "without folders, got 'a/b'"),

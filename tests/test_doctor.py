@@ -90,11 +90,12 @@ def test_pad_is_eos_bug_is_missed(folders, learned_pairs):
         ("padding_token", ""): "warning",
         ("right_token", CLASSIFIER): "fault",
         ("agreement", ""): "warning",
-        ("accuracy", ""): "warning",  # the token before eos does not tell the answers apart
     }
-    del expected["calibration", ""]
+    del expected["calibration", ""], expected["accuracy", ""]
     found = verdicts(report)
-    assert found.pop(("calibration", "")) in ("ok", "warning") and found == expected
+    assert found.pop(("calibration", "")) in ("ok", "warning")
+    # The token before eos does not tell the answers apart: chance, or by chance a little less.
+    assert found.pop(("accuracy", "")) in ("warning", "fault") and found == expected
     assert "16 through rewardfuse" in report.find("agreement").measured
     line = report.find("right_token", CLASSIFIER)
     length = line.numbers["lengths"][0]

@@ -7,11 +7,13 @@ fail in one of them alone runs under :func:`together`.
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed
+
+JOIN_CHUNK = 4096
 
 
 class OtherProcessError(ValueError):
@@ -79,6 +81,23 @@ def gather(value: Any) -> list[Any]:
     values = [None] * count()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def share(items: Sequence[Any]) -> Sequence[Any]:
+    """The part of ``items`` that this process works on; the parts follow one another in the order of the processes."""
+    bounds = [len(items) * number // count() for number in (rank(), rank() + 1)]
+    return items if count() == 1 else items[bounds[0] : bounds[1]]
+
+
+def join(mine: list[Any]) -> list[Any]:
+    """Every process's list, end to end, in every process; a few items at a time, since they travel by the devices."""
+    if count() == 1:
+        return mine
+    parts: list[list[Any]] = [[] for _ in range(count())]
+    for start in range(0, max(gather(len(mine))), JOIN_CHUNK):
+        for part, more in zip(parts, gather(mine[start : start + JOIN_CHUNK]), strict=True):
+            part += more
+    return [item for part in parts for item in part]
 
 
 @contextlib.contextmanager

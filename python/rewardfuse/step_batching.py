@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from rewardfuse.batching import Collator, Rows, TokenizedDataset
 from rewardfuse.data import DataError, Text
-from rewardfuse.tokenizing import TOKENIZER_CHUNK, DefaultLength, as_messages
+from rewardfuse.tokenizing import TOKENIZER_CHUNK, DefaultLength, as_messages, compact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,7 +150,7 @@ class StepDataset(TokenizedDataset):
         self.truncated = sum(steps.truncated for steps in tokenized)
         self.items = [
             {
-                "input_ids": steps.input_ids,
+                "input_ids": compact(steps.input_ids),
                 "step_positions": steps.positions,
                 "step_labels": [IGNORED if label is None else float(label) for label in labels[steps.dropped :]],
             }

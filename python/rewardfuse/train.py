@@ -11,7 +11,8 @@ import json
 import pickle
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -91,13 +92,12 @@ def train_reward_model(
     from rewardfuse._trainer import build_trainer
 
     _processes.connect(options.use_cpu)
-    with _processes.together():
-        data = _tokenized(model, tokenizer, train_records, eval_records, options)
-        record = _record(options, data)
-        if options.use_peft:
-            record["base_sha256"] = lora.digest(model)
+    data = _tokenized(model, tokenizer, train_records, eval_records, options)
+    record = _record(options, data)
+    if options.use_peft:
+        record["base_sha256"] = lora.digest(model)
     head = [parameter.detach().cpu().numpy().tobytes() for parameter in model.head_parameters()]
-    _processes.check_same({**record, "model": [model.name_or_path, _digest(*head)]})
+    _processes.check_same({**record, "model": [model.name_or_path, _digest(head)]})
     objective, train_set, eval_set = data.objective, data.train_set, data.eval_set
     with _processes.together():
         objective.prepare(model, train_records)
@@ -141,20 +141,40 @@ def _tokenized(
     from rewardfuse._objectives import objective_of
     from rewardfuse.tokenizing import longest_input
 
-    if options.keeps_best and not eval_records:
-        raise ValueError("load_best_model_at_end and early_stopping_patience need evaluation records, got none")
-    objective = objective_of(train_records, eval_records or (), options)
-    objective.fit_head(model.head_config)
-    calibration = _calibration_texts(objective, eval_records or train_records) if options.normalize_reward else []
-    max_length = longest_input(tokenizer, model.config, options.max_length)
-    shared = {"progress": not options.disable_tqdm and _processes.rank() == 0}
-    train_set = objective.dataset(train_records, tokenizer, max_length, **shared)
-    eval_set = objective.dataset(eval_records, tokenizer, max_length, **shared) if eval_records else None
-    for where, records, data in (("training", train_records, train_set), ("evaluation", eval_records, eval_set)):
-        if data is not None:
-            objective.check_truth(data.items, where)
-            _check_tokens(records, data, objective, tokenizer, model)
-    return _Data(objective, train_set, eval_set, calibration, max_length)
+    with _processes.together():
+        if options.keeps_best and not eval_records:
+            raise ValueError("load_best_model_at_end and early_stopping_patience need evaluation records, got none")
+        objective = objective_of(train_records, eval_records or (), options)
+        objective.fit_head(model.head_config)
+        calibration = _calibration_texts(objective, eval_records or train_records) if options.normalize_reward else []
+        max_length = longest_input(tokenizer, model.config, options.max_length)
+    named = {"training": train_records, "evaluation": eval_records or ()}
+    if _processes.count() > 1:  # before each takes its share of them
+        _processes.check_same({f"{where} records": _digest_records(records) for where, records in named.items()})
+    shared = (objective, tokenizer, model, max_length, options)
+    sets = [_tokenized_set(where, records, *shared) if records else None for where, records in named.items()]
+    return _Data(objective, *sets, calibration, max_length)
+
+
+def _tokenized_set(
+    where: str,
+    records: "Records",
+    objective: "Objective",
+    tokenizer: "PreTrainedTokenizerBase",
+    model: "RewardModel",
+    max_length: int,
+    options: TrainOptions,
+) -> "TokenizedDataset":
+    """Each process tokenizes and checks its share of the records; then all have all of them, as token ids."""
+    own = _processes.share(records)
+    with _processes.together():
+        progress = not options.disable_tqdm and _processes.rank() == 0
+        data = objective.dataset(own, tokenizer, max_length, progress=progress)
+        _check_tokens(own, data, objective, tokenizer, model)
+    data.items, data.truncated = _processes.join(data.items), sum(_processes.gather(data.truncated))
+    with _processes.together():
+        objective.check_truth(data.items, where)
+    return data
 
 
 def head_for(train_records: "Records", eval_records: "Records | None", options: TrainOptions) -> "HeadConfig":
@@ -209,11 +229,26 @@ def _record(options: TrainOptions, data: _Data) -> dict[str, Any]:
     )
     name = f"train_{data.objective.unit}"
     record[name] = len(data.train_set)
-    record[f"{name}_sha256"] = _digest(*(repr(sorted(item.items())).encode() for item in data.train_set.items))
+    record[f"{name}_sha256"] = _digest(map(_item_bytes, data.train_set.items))
     return json.loads(json.dumps(record))
 
 
-def _digest(*parts: bytes) -> str:
+def _item_bytes(item: dict[str, Any]) -> bytes:
+    """All that an item holds; token ids as they lie in memory, since spelling them out would take minutes."""
+    parts = []
+    for name, value in sorted(item.items()):
+        rows = value if isinstance(value, list) and value and isinstance(value[0], array) else [value]
+        for row in rows:
+            own = row.tobytes() if isinstance(row, array) else repr(row).encode()
+            parts.append(f"{name} {len(own)} ".encode() + own)
+    return b"".join(parts)
+
+
+def _digest_records(records: "Records") -> str:
+    return _digest(repr(record).encode() for record in records)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
     import hashlib
 
     digest = hashlib.sha256()

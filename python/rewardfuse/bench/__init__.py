@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import sys
 import time
@@ -13,13 +14,16 @@ from typing import Any
 
 import torch
 
-# An op's module has cases(settings) -> Iterator[Case] and NOTE, a line on who its peers are.
+# An op's module has cases(settings) -> Iterator[Case] and NOTE, a line on who its peers are; or, where no single steps
+# are timed, measure(settings, show=) -> {"note", "runs"}.
 OPS = {
     "bradley_terry": "rewardfuse.bench.bradley_terry",
     "kl_rewards": "rewardfuse.bench.kl_rewards",
     "plackett_luce": "rewardfuse.bench.plackett_luce",
     "reward_model": "rewardfuse.bench.reward_model",
+    "trainer": "rewardfuse.bench.trainer",
 }
+NEEDS = {"trainer": "trl"}  # without this package such an op is left out, and an error where it was named
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = results.earlier(machine, arguments.output_dir, stem)  # before the minutes that measuring takes
     if not arguments.json:
         print(report.header(result))
-    for name in arguments.op or OPS:
+    for name in arguments.op or _measurable():
         result["ops"][name] = _measure_op(name, settings, show=not arguments.json)
     if arguments.json:
         print(json.dumps(result, indent=2))
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rewardfuse bench",
-        description="Measure ops against plain torch and torch.compile. Without an op: all of them.",
+        description="Measure ops against plain torch and torch.compile, and training against TRL. Without an op: all.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -74,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output_dir",
         "--output-dir",
         type=Path,
-        help="folder for NAME.json, in which ops measured earlier stay, and NAME.png; default: none",
+        help="folder for NAME.json, in which ops measured earlier stay, NAME.png and NAME-trainer.png; default: none",
     )
     parser.add_argument("--name", help="stem of these files; default: the processor's name")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -85,6 +89,8 @@ def _check(arguments: argparse.Namespace) -> None:
     for op in arguments.op:
         if op not in OPS:
             raise ValueError(f"bench: expected an op among {', '.join(OPS)}, got {op!r}")
+        if _lacks(op):
+            raise ValueError(f"bench {op}: {_lacks(op)}")
     if arguments.device not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu or cuda, got {arguments.device!r}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -97,11 +103,27 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--name: expected a file name without folders, got {arguments.name!r}")
 
 
+def _lacks(op: str) -> str | None:
+    """Which package an op needs that is not there."""
+    package = NEEDS.get(op)
+    if package is None or importlib.util.find_spec(package) is not None:
+        return None
+    return f"needs {package}, which is not installed: pip install rewardfuse[{package}]"
+
+
+def _measurable() -> list[str]:
+    for op in filter(_lacks, OPS):
+        print(f"left out: {op} {_lacks(op)}", file=sys.stderr)
+    return [op for op in OPS if not _lacks(op)]
+
+
 def _measure_op(name: str, settings: Any, *, show: bool) -> dict[str, Any]:
     from rewardfuse.bench import report
     from rewardfuse.bench.measure import run_case
 
     module = importlib.import_module(OPS[name])
+    if hasattr(module, "measure"):
+        return module.measure(settings, show=show)
     measured = []
     started = time.monotonic()
     for case in module.cases(settings):

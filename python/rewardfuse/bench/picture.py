@@ -54,6 +54,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_title(
         f"{machine.get('gpu', machine['cpu'])}, torch {machine['torch']}; {machine['date'][:10]}", fontsize=10
     )
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a picture (PNG), whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         figure.savefig(partial, format="png", dpi=120)
@@ -66,7 +71,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def _groups(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(title, measurement) of whole steps, and of a direction that has a target of its own."""
     for op, measured in result["ops"].items():
-        for case in measured["cases"]:
+        for case in measured.get("cases", []):
             for m in case["measurements"]:
                 whole = m["direction"] == BOTH
                 if whole or any("reach" in ratio for ratio in m["ratio_to"].values()):

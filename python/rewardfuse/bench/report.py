@@ -1,4 +1,4 @@
-"""What a benchmark run prints: a table a case."""
+"""What a benchmark run prints: a table a case, and two a training run."""
 
 from __future__ import annotations
 
@@ -50,10 +50,7 @@ def _clock_table(case: dict[str, Any], clock: str) -> list[str]:
             row.append(_spread(m["seconds"][name], m["rounds"]) if name in m["seconds"] else "")
             row.append(_ratio(ratio["median"]) + _reach(ratio, "≤") if ratio else "")
         rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  " + "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = _aligned(rows)
     for m in measurements:
         if "bandwidth" in m:
             share = m["bandwidth"]["share_of_copy"]
@@ -61,6 +58,56 @@ def _clock_table(case: dict[str, Any], clock: str) -> list[str]:
             text = f"{rate:.1f} GB/s of the {copy:.1f} GB/s of a copy, {100 * share['median']:.0f} %"
             lines.append(f"  bandwidth, {m['direction']}, {clock} time: {text}{_reach(share, '≥')}")
     return lines
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def run_table(op: str, run: dict[str, Any]) -> str:
+    """One training run of every contestant as aligned text: speed and memory, then the parts of a step."""
+    baseline, threads = run["baseline"], run["threads"]
+    rows = [["", "tokens/s", f"× {baseline}", "ms per step", "peak memory", f"× {baseline}"]]
+    for name, of in run["contestants"].items():
+        speed, step = (_quartiles(of[key]) for key in ("tokens_per_second", "ms_per_step"))
+        ratios = ["", ""]
+        if name != baseline:
+            ratio = of["speed_ratio"]
+            low, high = ratio["lower_quartile"], ratio["upper_quartile"]
+            ratios = [f"{ratio['median']:.2f} [{low:.2f}, {high:.2f}]", f"{of['peak_ratio']:.2f}"]
+        rows.append([name, speed, ratios[0], step, _bytes(of["peak_bytes"]), ratios[1]])
+    parts = list(run["contestants"][baseline]["parts_ms_per_step"])
+    detail = [["ms per step of rounds with parts timed", *parts, "sum"]]
+    for name, of in run["contestants"].items():
+        spent = of["parts_ms_per_step"]
+        detail.append([name, *(number(spent[part]) for part in parts), number(sum(spent.values()))])
+    model = run["model"]
+    layers = f"{model['layers']} layer{'s' * (model['layers'] != 1)}"
+    loss = run["contestants"][baseline]["first_loss"]
+    lines = [
+        f"{op}: {run['name']}",
+        f"  {model['kind']} of {layers}, {model['width']} wide, {run['dtype']}, gradient checkpointing off",
+        f"  {run['pairs_per_step']} pairs a step, {run['steps_per_round']} steps a round, "
+        f"{run['rounds']} round{'s' * (run['rounds'] != 1)}"
+        + (f", {threads} thread{'s' * (threads != 1)}" if threads else ""),
+    ]
+    lines += [*_aligned(rows), *_aligned(detail)]
+    lines.append(f"  the first loss is {loss:.6g}; the others' differ by at most {run['largest_loss_difference']:.2g}")
+    lines += [f"  left out: {name}, {reason}" for name, reason in run["left_out"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _quartiles(summary: dict[str, float]) -> str:
+    low, middle, high = (summary[key] for key in ("lower_quartile", "median", "upper_quartile"))
+    return f"{number(middle)} [{number(low)}, {number(high)}]"
+
+
+def number(value: float) -> str:
+    """1,234 or 56.7 or 0.0123."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _memory_lines(measurement: dict[str, Any]) -> list[str]:

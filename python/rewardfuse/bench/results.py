@@ -17,12 +17,12 @@ import torch
 
 import rewardfuse
 from rewardfuse._files import atomic_file
-from rewardfuse.bench import picture
+from rewardfuse.bench import picture, trainer_picture
 
 #: Facts that make it another machine, so that its figures do not belong into the same file.
 SAME = ("cpu", "cores", "gpu")
 #: Packages that some op is held against.
-PEERS = ("trl", "liger_kernel", "triton")
+PEERS = ("trl", "transformers", "liger_kernel", "triton")
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
@@ -96,9 +96,10 @@ def earlier(machine: dict[str, Any], folder: Path, stem: str) -> dict[str, Any]:
 
 
 def write(result: dict[str, Any], before: dict[str, Any], folder: Path, stem: str) -> list[Path]:
-    """Write <stem>.json and, with matplotlib installed, <stem>.png; returns what was written.
+    """Write <stem>.json and, with matplotlib installed, pictures of it; returns what was written.
 
-    Each op stands with the machine and settings of its run; `before` are ops measured earlier, which stay.
+    <stem>.png shows the ops whose steps are timed, <stem>-trainer.png training runs. Each op stands with the machine
+    and settings of its run; `before` are ops measured earlier, which stay.
     """
     run = {"machine": result["machine"], "settings": result["settings"]}
     result = {**result, "ops": {**before, **{name: {**run, **op} for name, op in result["ops"].items()}}}
@@ -110,6 +111,11 @@ def write(result: dict[str, Any], before: dict[str, Any], folder: Path, stem: st
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture: matplotlib is not installed", file=sys.stderr)
         return [path]
-    drawn = folder / f"{stem}.png"
-    picture.draw(result, drawn)
-    return [path, drawn]
+    written = [path]
+    if any("cases" in op for op in result["ops"].values()):
+        written.append(folder / f"{stem}.png")
+        picture.draw(result, written[-1])
+    if any("runs" in op for op in result["ops"].values()):
+        written.append(folder / f"{stem}-trainer.png")
+        trainer_picture.draw(result, written[-1])
+    return written

@@ -47,12 +47,17 @@ class Patches:
 
     def __init__(self) -> None:
         self._undo: list[tuple[Any, str, Any, Any]] = []
+        self._taken: list[tuple[str, Any, Any]] = []  # (package, original, ours)
+
+    def __bool__(self) -> bool:
+        """Whether anything is replaced."""
+        return bool(self._undo)
 
     def replace(self, owner: Any, name: str, new: Any, parameters: Sequence[str] | None = None) -> Any:
         """Put ``new`` in the place of ``owner.name`` and return what was there.
 
         Args:
-            parameters: what the original must take, where it is a function; None: not looked at.
+            parameters: what the original must take, a loss by its ``forward`` or ``__call__``; None: not looked at.
 
         Raises:
             HookChangedError: there is no such attribute, or it takes other parameters.
@@ -62,33 +67,55 @@ class Patches:
             raise HookChangedError(f"{where} has no {name} any more")
         original = vars(owner)[name]
         if parameters is not None:
-            check_parameters(original, parameters)
+            called = original
+            if isinstance(original, type) and parameters[:1] == ("self",):
+                called = getattr(original, "forward", None) or original.__call__
+            check_parameters(called, parameters)
         setattr(owner, name, new)
         self._undo.append((owner, name, original, new))
         return original
 
-    def replace_everywhere(self, package: str, original: Any, new: Any) -> None:
-        """Put ``new`` in every loaded module of ``package`` that holds ``original`` under any name (``from … import``).
+    def take_over(self, module: types.ModuleType, name: str, ours: Any, parameters: Sequence[str]) -> None:
+        """:meth:`replace` in ``module`` and in every loaded module of its package that imported the original by name.
 
-        Modules that are imported later take it from where they import it.
+        Modules that are imported later take ours from there. Nothing where it is in place already.
         """
-        for name, module in list(sys.modules.items()):
-            if name.split(".")[0] == package and isinstance(module, types.ModuleType):
-                for attribute in [key for key, value in vars(module).items() if value is original]:
-                    self.replace(module, attribute, new)
+        if vars(module).get(name) is ours:
+            return
+        original, package = self.replace(module, name, ours, parameters), module.__name__.split(".")[0]
+        self._taken.append((package, original, ours))
+        for other, attribute in _holders(package, original):
+            self.replace(other, attribute, ours)
 
     def undo(self) -> None:
-        """Put everything back, but for what somebody else has replaced since."""
+        """Put everything back, but for what somebody else has replaced since; also where :meth:`take_over` reached
+        modules that were imported after it."""
         while self._undo:
             owner, name, original, new = self._undo.pop()
             if vars(owner).get(name) is new:
                 setattr(owner, name, original)
+        while self._taken:
+            package, original, ours = self._taken.pop()
+            for module, attribute in _holders(package, ours):
+                setattr(module, attribute, original)
 
     def __enter__(self) -> "Patches":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.undo()
+
+
+def _holders(package: str, value: Any) -> list[tuple[types.ModuleType, str]]:
+    """The loaded modules of a package that hold ``value``, and under which names."""
+    modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == package]
+    return [
+        (module, name)
+        for module in modules
+        if isinstance(module, types.ModuleType)
+        for name, held in list(vars(module).items())
+        if held is value
+    ]
 
 
 def with_statements(function: Callable[..., Any], changes: dict[str, str]) -> Callable[..., Any]:
