@@ -24,6 +24,7 @@ from rewardfuse import _processes
 from rewardfuse.batch_losses import list_loss, pair_loss
 from rewardfuse.batching import ListCollator, ListDataset, PairCollator, PairDataset
 from rewardfuse.data import PreferencePair
+from rewardfuse.score import score_dataset
 from rewardfuse.train import head_for, train_reward_model
 from test_train import KillAt, Killed, byte_tokenizer, options, tiny_model
 from test_train_lists import lists as ragged_lists
@@ -64,6 +65,17 @@ def run(folder, name, processes, callbacks=(), **changes):
 def run_all(folder, names):
     for name in names:
         run(folder / name, name, _processes.count())
+
+
+def train_and_score(folder):
+    """The trained model scores a file at once; with a bar in one process alone, as scripts are written."""
+    data = folder / "answers.jsonl"
+    if _processes.rank() == 0:
+        data.write_text("".join(json.dumps({"text": f"good {index}"}) + "\n" for index in range(7)))
+    train, chosen = records("pairs", 0, 6), options(folder / "scored", max_steps=2, disable_tqdm=_processes.rank() > 0)
+    model = model_for(head_for(train, (), chosen), dropout=0.0)
+    train_reward_model(model, byte_tokenizer(), train, None, chosen)
+    score_dataset(model, byte_tokenizer(), str(data), str(folder / "scores.jsonl"), window_size=2)
 
 
 def cut(folder):
@@ -169,6 +181,7 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     with _processes.connected(use_cpu=True):
         run_all(target, sys.argv[2:] or CASES)
+        train_and_score(target)
         cut(target)
         failures(target)
         gradients(target)

@@ -72,6 +72,13 @@ def test_run_of_one_process_resumed_by_two_ends_otherwise(folder):
     assert_same_run(folder / "pairs, one left over", folder / "cut by one")
 
 
+def test_model_trained_by_two_processes_is_refused_or_scores_otherwise(folder):
+    scored = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    model = RewardModel.from_pretrained(folder / "scored")
+    expected = model.score([line["text"] for line in scored]).rewards.tolist()
+    assert [line["reward"] for line in scored] == pytest.approx(expected, abs=1e-6) and len(scored) == 7
+
+
 def test_run_resumed_with_other_steps_goes_on(folder, tmp_path):
     with pytest.raises(ValueError, match=r"gradient_accumulation_steps · processes \(was 4, is 2\)"):
         process_cases.run(folder / "cut", "pairs, one left over", 2, save_steps=2, resume_from_checkpoint=True)

@@ -1,5 +1,6 @@
 """Training: it learns, repeats itself, resumes exactly after a kill, and leaves nothing half-written or NaN behind."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,14 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from rewardfuse._files import publish_files, staging_folder
+from rewardfuse._train_folder import list_checkpoints
 from rewardfuse._trainer import NonFiniteLossError
 from rewardfuse.byte_tokenizer import byte_tokenizer
 from rewardfuse.data import PreferencePair
 from rewardfuse.reward_model import RewardModel, load_tokenizer
 from rewardfuse.score import score_sequences
-from rewardfuse.train import list_checkpoints, train_reward_model
+from rewardfuse.train import train_reward_model
 from rewardfuse.train_options import TrainOptions
 
 PAIRS = [PreferencePair(f"good {index}", f"bad {index}", prompt="p: ") for index in range(26)]
@@ -262,10 +265,36 @@ def test_metrics_of_the_shorter_run_stand_beside_the_model_of_the_longer_one(tmp
         raise Killed
 
     train(tmp_path, max_steps=2, save_steps=2)
-    monkeypatch.setattr("rewardfuse._trainer.publish_files", publish_and_die)
+    monkeypatch.setattr("rewardfuse._trainer_files.publish_files", publish_and_die)
     with pytest.warns(UserWarning, match="another max_steps"), pytest.raises(Killed):
         train(tmp_path, max_steps=4, save_steps=2, resume_from_checkpoint=True)
     assert not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("writer", "error", "code"),
+    [
+        (
+            "torch.save",
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+            errno.ENOSPC,
+        ),
+        (
+            "safetensors.torch.serialize_file",
+            SafetensorError("Error while serializing: I/O error: File too large"),
+            errno.EIO,
+        ),
+    ],
+)
+def test_file_that_cannot_be_written_is_a_traceback(tmp_path, monkeypatch, writer, error, code):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(writer, fail)
+    with pytest.raises(OSError) as caught:
+        train(tmp_path, max_steps=2, save_steps=2)
+    assert caught.value.errno == code and caught.value.filename == str(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if "checkpoint" in path.name or "partial" in path.name]
 
 
 def test_what_a_killed_run_was_removing_or_writing_stays_for_ever(tmp_path):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rewardfuse._train_folder import list_checkpoints
 from rewardfuse.reward_model import RewardModel
-from rewardfuse.train import list_checkpoints
 from test_train import KillAt, Killed
 from test_train_objectives import train
 

@@ -1,7 +1,8 @@
 """Several processes that do one job (``torchrun``, ``accelerate launch``): who they are, and errors that all raise.
 
 A process that stops while the others wait for it would leave them waiting, half an hour by default. So whatever may
-fail in one of them alone runs under :func:`together`.
+fail in one of them alone before the work begins, or between its parts, runs under :func:`together`. A process that
+fails within a training step ends, and with it the connection that the others wait on.
 """
 
 import contextlib

@@ -37,7 +37,8 @@ def digest_model(model: "RewardModel") -> str:
     model, one that was trained further within a second is not, and a model in memory may have no file. At about 1 GB a
     second this is soon done beside scoring.
     """
-    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    beside = ("_name_or_path", "architectures", "dtype")  # say nothing of the rewards; saving a model changes them
+    config = {key: value for key, value in model.config.to_dict().items() if key not in beside}
     config["attn_implementation"] = model.config._attn_implementation
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):

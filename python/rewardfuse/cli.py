@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("rewardfuse: interrupted", file=sys.stderr)
             return 130
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _lost_connection(error):
+                raise
             if os.environ.get("REWARDFUSE_DEBUG") == "1":
                 raise
             print(f"rewardfuse: {_process()}error: {_one_line(error)}", file=sys.stderr)
@@ -60,7 +62,15 @@ def _process() -> str:
     return f"process {os.environ.get('RANK', '0')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
+def _lost_connection(error: RuntimeError) -> bool:
+    """Whether another process of the job has ended while this one waited for it."""
+    lost = any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "NCCL"))
+    return lost and bool(_process())
+
+
 def _one_line(error: Exception) -> str:
+    if isinstance(error, RuntimeError):
+        return "another process has ended, its own line says why"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         place = f" while writing {error.filename}" if error.filename else ""
         return f"no space left on the disk{place}; no half-written file stands under its final name"

@@ -284,10 +284,20 @@ class RewardModel(nn.Module):
             self._tokenizer = load_tokenizer(self.name_or_path, **self.tokenizer_options)
         return self._tokenizer
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """Recompute the backbone's activations in the backward pass to save memory."""
-        backbone = self.backbone  # the first is the method's name since transformers 5.2x
-        getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)(**options)
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Recompute the backbone's activations in the backward pass to save memory; as ``transformers`` has it."""
+        enable = getattr(self.backbone, "activation_checkpointing_enable", None)
+        if enable is None:  # before transformers 5.2x
+            enable = self.backbone.gradient_checkpointing_enable
+        enable(activation_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """:meth:`activation_checkpointing_enable` by its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     @classmethod
     def from_config(

@@ -75,6 +75,6 @@ def _needed(options: Any) -> dict[str, Any]:
 
 
 def _options_file(folder: str | Path) -> Path:
-    from rewardfuse.train import OPTIONS_FILE  # which imports much more than a name
+    from rewardfuse._train_folder import OPTIONS_FILE
 
     return Path(folder) / OPTIONS_FILE
