@@ -3,8 +3,8 @@
 python docs/run_cost.py pairs.jsonl TOKENIZER --pairs 10e6 --processes 8 --parameters 8e9
 
 Reading, checking, tokenizing and collating are measured on the given pairs, on one process of this machine. The
-device's part is measured nowhere: it is 6 · parameters · tokens FLOP at a share of the device's peak, or the tokens per
-second of one device that you have measured (`rewardfuse bench trainer --device cuda`).
+device's part is measured nowhere: it is 6 · parameters · places FLOP (a place is a token or padding) at a share of the
+device's peak, or follows from the tokens per second, padding not counted, that you have measured with your model.
 """
 
 import argparse
@@ -94,9 +94,11 @@ def report(found: types.SimpleNamespace, options: argparse.Namespace) -> None:
     print(f"  each process reads, checks, compares   {alone * pairs / 60:8.1f} min")
     print(f"  each tokenizes its share               {found.tokenize * pairs / processes / 60:8.1f} min")
     print(f"  memory of a process for the data       {(found.text_bytes + found.token_bytes) * pairs / 1e9:8.0f} GB")
-    rate = options.tokens_per_second or options.peak * options.utilisation / (6 * options.parameters)
+    rate = options.peak * options.utilisation / (6 * options.parameters)  # of places, padding among them
     for name in ("padded", "grouped"):
         hours = getattr(found, f"places_{name}") * pairs / processes / rate / 3600
+        if options.tokens_per_second:
+            hours = found.tokens * pairs / processes / options.tokens_per_second / 3600
         waits = getattr(found, f"collate_{name}") * pairs / processes / 3600
         print(f"  one epoch, {name:8} {hours:20.1f} h on the devices, and {waits:.2f} h to collate")
     states = ADAM_BYTES * options.parameters / 1e9
@@ -118,7 +120,7 @@ def main() -> None:
     parser.add_argument(
         "--utilisation", type=float, default=0.4, help="share of it that training reaches: an assumption"
     )
-    parser.add_argument("--tokens_per_second", type=float, help="of one device, measured; in place of the two above")
+    parser.add_argument("--tokens_per_second", type=float, help="real ones, without padding, of one device: measured")
     options = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)

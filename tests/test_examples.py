@@ -64,4 +64,4 @@ def test_loop_of_two_processes_prints_other_losses(tmp_path, monkeypatch, capsys
     together = torchrun(EXAMPLES / "several_processes.py")
     assert together.returncode == 0, together.stderr[-2000:]
     assert len(alone) == 3 and alone[0] > alone[-1]
-    assert [float(loss) for loss in together.stdout.split()] == pytest.approx([float(loss) for loss in alone], abs=2e-6)
+    assert [float(loss) for loss in together.stdout.split()] == pytest.approx([float(loss) for loss in alone], abs=1e-5)

@@ -20,7 +20,14 @@ TESTS = Path(__file__).parent
 def torchrun(*arguments, processes=2, **environment):
     """Run a script in several processes; returns the finished run, whose output tells what failed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **environment}
+    # On CPUs even where there is a GPU: two processes cannot share one, and the cases say what CPUs give.
+    settings = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(TESTS),
+        "CUDA_VISIBLE_DEVICES": "",
+        **environment,
+    }
     return subprocess.run(
         [*command, *map(str, arguments)], env=settings, capture_output=True, text=True, timeout=300, check=False
     )

@@ -297,6 +297,12 @@ def test_file_that_cannot_be_written_is_a_traceback(tmp_path, monkeypatch, write
     assert not [path for path in tmp_path.rglob("*") if "checkpoint" in path.name or "partial" in path.name]
 
 
+def test_run_on_cpus_is_taken_for_a_sharded_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.warns(UserWarning, match="this run on CPUs is DDP, not FSDP"):
+        train(tmp_path, max_steps=1)
+
+
 def test_what_a_killed_run_was_removing_or_writing_stays_for_ever(tmp_path):
     train(tmp_path, max_steps=3, save_steps=1, save_total_limit=9)
     (tmp_path / ".checkpoint-0.removed/half").mkdir(parents=True)

@@ -4,6 +4,8 @@ training."""
 import contextlib
 import json
 import math
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,8 @@ class RewardTrainer(TrainerFiles, transformers.Trainer):
         super().__init__(compute_metrics=self._evaluation_metrics, **kwargs)
         if self.is_fsdp_enabled:
             prepare_fsdp(self.model, self.accelerator.state.fsdp_plugin, options)
+        elif os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+            warnings.warn("accelerate shards on accelerators only: this run on CPUs is DDP, not FSDP", stacklevel=2)
         self.objective, self.options, self.record, self.adapters = objective, options, record, adapters
         self._sums_and_counts = torch.zeros(
             (2, len(objective.train_metrics)), dtype=torch.float64, device=self.args.device

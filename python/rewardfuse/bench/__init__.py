@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("op", nargs="*", help=f"what to measure: {', '.join(OPS)}")
+    parser.add_argument("op", nargs="*", help=f"what to measure: {', '.join(OPS)} (which needs TRL)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="torch's threads for every CPU case; default: each case's own")
     parser.add_argument(

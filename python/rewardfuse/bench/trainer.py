@@ -40,7 +40,8 @@ ROUNDS_OF_PARTS = 2
 #: How far the losses of the first step may differ: rounding in float32, and of bfloat16 products.
 TOLERANCE = {"cpu": 1e-4, "cuda": 1e-2}
 NOTE = (
-    "tokens are real ones, without padding, the same for all; memory is\n{memory};\n"
+    "tokens are real ones, without padding, the same for all; a ratio is the median of those within a round;\n"
+    "memory is {memory};\n"
     "the parts of a step are of rounds of their own, with every part timed{waits}; forward is the backbone alone.\n"
     "our loss, pooling, groups: pooling='attention_mask', row_layout='grouped'; packed: row_layout='packed', here\n"
     "without an attention kernel for packed rows.\n{limits}"

@@ -5,12 +5,38 @@ import json
 from typing import Any
 
 
-def command(commands: Any, name: str, text: str, handler: Any) -> argparse.ArgumentParser:
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Both spellings of a flag with its value once, and defaults only where there are some."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.required:
+            return f"{action.help} (required)"
+        if action.default is None or action.default is False or action.default is argparse.SUPPRESS:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def command(commands: Any, name: str, text: str, handler: Any, note: str | None = None) -> argparse.ArgumentParser:
+    """Add a command; ``note`` stands below its options."""
     parser = commands.add_parser(
-        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        name, help=text, description=text, epilog=note, formatter_class=HelpFormatter, allow_abbrev=False
     )
     parser.set_defaults(command=handler)
     return parser
+
+
+def launched(name: str) -> str:
+    """What the help of a command says that several processes can do."""
+    return (
+        f"Several processes: torchrun --nproc_per_node N -m rewardfuse {name} ..., or accelerate launch -m rewardfuse "
+        f"{name} ...; see docs/scale.md."
+    )
 
 
 def flag(parser: Any, name: str, text: str, **settings: Any) -> None:

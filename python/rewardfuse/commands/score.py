@@ -11,13 +11,14 @@ from rewardfuse.commands import (
     add_trained_flags,
     command,
     flag,
+    launched,
     load_to_score,
     print_result,
 )
 
 
 def add_parser(commands: Any) -> None:
-    parser = command(commands, "score", "write a reward for every response of a file", _score)
+    parser = command(commands, "score", "write a reward for every response of a file", _score, launched("score"))
     add_model_flags(parser)
     text = "files with pairs, lists of responses, single responses or steps: .jsonl, .json, .csv or .parquet"
     flag(parser, "dataset_name", text, type=str, nargs="+", required=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewardfuse import _processes
-from rewardfuse.commands import add_model_flags, add_reading_flags, command, flag, load_model, print_result
+from rewardfuse.commands import add_model_flags, add_reading_flags, command, flag, launched, load_model, print_result
 
 
 def add_parser(commands: Any) -> None:
@@ -17,7 +17,7 @@ def add_parser(commands: Any) -> None:
     from rewardfuse.train_options import TrainOptions
 
     text = "train a reward model on preference pairs, ranked lists, rated responses or step-labelled solutions"
-    parser = command(commands, "train", text, _train)
+    parser = command(commands, "train", text, _train, launched("train"))
     add_model_flags(parser)
     files = "files to train on: .jsonl or .json, also .gz, .csv, .parquet"
     flag(parser, "dataset_name", files, type=str, nargs="+", required=True)
