@@ -25,3 +25,4 @@ for _ in range(3):
     optimizer.step()
     optimizer.zero_grad()
     accelerator.print(round(accelerator.reduce(loss.detach(), "mean").item(), 6))
+accelerator.end_training()

@@ -5,7 +5,7 @@ from transformers import LlamaConfig, LlamaModel, Trainer, TrainingArguments
 
 from rewardfuse import RewardModel
 from rewardfuse.byte_tokenizer import byte_tokenizer
-from rewardfuse.integrations.transformers import PairDataCollator, PairLossFunc
+from rewardfuse.integrations.transformers import ForTrainer, PairDataCollator, PairLossFunc
 
 tokenizer = byte_tokenizer()  # or AutoTokenizer.from_pretrained(...)
 torch.manual_seed(0)
@@ -18,7 +18,6 @@ pairs = [{"chosen_ids": tokenizer(a)["input_ids"], "rejected_ids": tokenizer(b)[
 arguments = TrainingArguments(
     output_dir="reward-model",
     remove_unused_columns=False,  # the Trainer would drop chosen_ids and rejected_ids
-    label_names=["labels"],  # lets it evaluate a RewardModel
     per_device_train_batch_size=4,
     gradient_accumulation_steps=5,  # 81 pairs: the last steps are smaller, and weigh what they hold
     learning_rate=1e-2,
@@ -29,7 +28,10 @@ arguments = TrainingArguments(
     use_cpu=True,
 )
 collator = PairDataCollator(tokenizer)
-trainer = Trainer(model, arguments, collator, pairs, pairs, compute_loss_func=PairLossFunc(label_smoothing=0.02))
+loss_func = PairLossFunc(label_smoothing=0.02)
+trainer = Trainer(ForTrainer(model), arguments, collator, pairs, pairs, compute_loss_func=loss_func)
 print("before", trainer.evaluate()["eval_loss"])
 trainer.train()
 print("after", trainer.evaluate()["eval_loss"])
+model.save_pretrained("reward-model")  # for RewardModel.from_pretrained; the Trainer's checkpoints are for resuming
+tokenizer.save_pretrained("reward-model")

@@ -123,6 +123,37 @@ def test_rows_that_make_no_pairs_are_taken(rewards, mask):
         ours.PreferenceLossFn()(rewards, {"sample_mask": mask}, 2, None)
 
 
+TWO = {"sample_mask": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    "call, error, name",
+    [
+        (lambda loss: loss([1.0, 2.0], TWO, 2, None), TypeError, "logits"),
+        (lambda loss: loss(torch.zeros(2).long(), TWO, 2, None), TypeError, "logits"),
+        (lambda loss: loss(torch.zeros(2), {}, 2, None), TypeError, "sample_mask"),
+        (
+            lambda loss: loss(torch.zeros(2), {"sample_mask": torch.tensor([1.0, -1.0])}, 2, None),
+            ValueError,
+            "sample_mask",
+        ),
+        (lambda loss: loss(torch.zeros(2), TWO, None, None), TypeError, "global_valid_seqs"),
+        (lambda loss: loss(torch.zeros(2), TWO, -4, None), ValueError, "global_valid_seqs"),
+        (lambda loss: loss(torch.zeros(2), TWO, torch.tensor(-4), None), ValueError, "global_valid_seqs"),
+        (lambda loss: loss(torch.zeros(2), TWO, torch.ones(2), None), ValueError, "global_valid_seqs"),
+        (
+            lambda loss: loss(torch.zeros(2), {**TWO, "pair_index": [0, 0], "is_chosen": [1, 0]}, 2, None),
+            TypeError,
+            "pair_index",
+        ),
+        (lambda loss: ours.calculate_kl(torch.zeros(3), torch.zeros(4)), ValueError, "logprobs_reference"),
+    ],
+)
+def test_argument_that_spoils_the_loss_is_taken_or_not_named(call, error, name):
+    with pytest.raises(error, match=f"^{name}: "):
+        call(ours.PreferenceLossFn())
+
+
 def test_loss_of_log_ratios_ignores_beta():
     rewards, mask = batch()
     loss, *_ = ours.PreferenceLossFn()._preference_loss(rewards, mask, torch.tensor(12), 0.1)

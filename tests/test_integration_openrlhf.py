@@ -286,6 +286,56 @@ def test_clip_without_a_range_is_not_named():
         ours.compute_reward(torch.zeros(1), 0.1, torch.zeros(1, 2), torch.ones(1, 2), (3.0, -3.0))
 
 
+@pytest.mark.parametrize("r", [0.1, 1001, torch.tensor([1001]), torch.tensor([100000])], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_score_is_rounded_to_sixteen_bits(r, dtype):
+    reward = ours.compute_reward(r, 0.0, torch.zeros(1, 2, dtype=dtype))
+    assert reward.dtype is torch.float32
+    assert reward[0, 1].item() == torch.as_tensor(r, dtype=torch.float32).item()
+
+
+def test_score_of_a_response_goes_to_every_token():
+    kl = torch.zeros(2, 3)
+    for r in (torch.ones(2, 3), torch.ones(2, 1), torch.tensor(1.0), torch.ones(3)):
+        with pytest.raises(ValueError, match=r"^r: expected"):
+            ours.compute_reward(r, 0.1, kl)
+    with pytest.raises(ValueError, match=r"^r: expected"):
+        ours.compute_reward(torch.ones(3), 0.1, [])
+    with pytest.raises(ValueError, match=r"^kl: expected"):
+        ours.compute_reward(torch.ones(3), 0.1, torch.zeros(3))
+
+
+KL = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    "call, error, name",
+    [
+        (lambda: ours.PairWiseLoss()([1.0], torch.zeros(1)), TypeError, "chosen_reward"),
+        (lambda: ours.PairWiseLoss()(torch.zeros(3), torch.zeros(4)), ValueError, "reject_reward"),
+        (lambda: ours.PairWiseLoss()(torch.zeros(3), torch.zeros(3).double()), TypeError, "reject_reward"),
+        (lambda: ours.PairWiseLoss()(*torch.zeros(2, 3), torch.zeros(4)), ValueError, "margin.* chosen_reward"),
+        (lambda: ours.compute_approx_kl(KL, KL[0]), ValueError, "log_probs_base.* log_probs"),
+        (lambda: ours.compute_approx_kl(KL, None), TypeError, "log_probs_base"),
+        (lambda: ours.compute_approx_kl(KL, KL, [0.0], "k1", True), TypeError, "log_probs_old"),
+        (lambda: ours.compute_reward([1.0, 2.0], 0.1, KL), TypeError, "r:"),
+        (lambda: ours.compute_reward(None, 0.1, KL), TypeError, "r:"),
+        (lambda: ours.compute_reward(1.0, 0.1, None), TypeError, "kl:"),
+        (lambda: ours.compute_reward(1.0, 0.1, KL.long()), TypeError, "kl:"),
+        (lambda: ours.compute_reward(1.0, 0.1, [[0.0]]), TypeError, "kl:"),
+        (lambda: ours.compute_reward(1.0, "a", KL), TypeError, "kl_coef"),
+        (lambda: ours.compute_reward(1.0, None, KL), TypeError, "kl_coef"),
+        (lambda: ours.compute_reward(1.0, 0.1, KL, [1, 2]), TypeError, "action_mask"),
+        (lambda: ours.compute_reward(1.0, 0.1, KL, KL[:, :2]), ValueError, "action_mask.* kl"),
+        (lambda: ours.compute_reward(1.0, 0.1, KL, None, 5.0), TypeError, "reward_clip_range"),
+        (lambda: ours.compute_reward(1.0, 0.1, KL, None, KL[0]), TypeError, "reward_clip_range"),
+    ],
+)
+def test_argument_is_named_otherwise_than_by_the_trainer(call, error, name):
+    with pytest.raises(error, match=f"^{name}"):
+        call()
+
+
 # in OpenRLHF's place
 
 

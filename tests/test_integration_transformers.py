@@ -71,9 +71,12 @@ def reward_model(tokenizer):
     return RewardModel(LlamaModel(configuration(tokenizer)))
 
 
-def trainer_of(tmp_path, model, collator, loss_func, items, per_device=2, accumulated=3, trainer=None, **options):
+def trainer_of(
+    tmp_path, model, collator, loss_func, items, per_device=2, accumulated=3, label_names=("labels",), **options
+):
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
+        label_names=label_names and list(label_names),
         remove_unused_columns=False,
         per_device_train_batch_size=per_device,
         per_device_eval_batch_size=per_device,
@@ -89,7 +92,6 @@ def trainer_of(tmp_path, model, collator, loss_func, items, per_device=2, accumu
         disable_tqdm=True,
         use_cpu=True,
         dataloader_pin_memory=False,
-        label_names=["labels"],
     )
     return Trainer(
         model=model,
@@ -177,7 +179,52 @@ def test_predictions_of_the_last_batch_are_cut_in_half(tmp_path, tokenizer, kind
     assert torch.equal(torch.as_tensor(seen["labels"]), labels)
 
 
+@pytest.mark.parametrize("make", [classifier, lambda tokenizer: ours.ForTrainer(reward_model(tokenizer))])
+def test_prediction_loses_a_reward_of_every_batch(tmp_path, tokenizer, make):
+    items, collator, loss_func, _ = kind_of("pairs", tokenizer)
+    model = make(tokenizer)
+    trainer = trainer_of(tmp_path, model, collator, loss_func, items)
+    batches = [collator(items[start : start + 2]) for start in (0, 2, 4)]
+    with torch.no_grad():
+        rewards = [model(batch["input_ids"], batch["attention_mask"]) for batch in batches]
+    expected = torch.cat(
+        [ours.paired_logits(ours._rewards(found), torch.ones(len(found["logits"]) // 2)) for found in rewards]
+    )
+    trainer.preprocess_logits_for_metrics = ours.paired_logits
+    predicted = torch.as_tensor(trainer.predict(items).predictions)
+    torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_reward_model_cannot_be_evaluated_without_label_names_or_saved(tmp_path, tokenizer):
+    items, collator, loss_func, by_the_library = kind_of("pairs", tokenizer)
+    inner = reward_model(tokenizer)
+    trainer = trainer_of(tmp_path, ours.ForTrainer(inner), collator, loss_func, items, label_names=None)
+    with torch.no_grad():
+        rewards = inner(**{k: v for k, v in collator(items).items() if k != "labels"})
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(by_the_library(rewards).item(), rel=1e-5)
+    assert trainer.model.config is inner.config
+    trainer.model.save_pretrained(tmp_path)
+    for name, value in RewardModel.from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(value, inner.state_dict()[name])
+    assert not hasattr(trainer.model, "no_such_attribute")
+
+
 # the functions themselves
+
+
+def test_table_is_as_wide_as_this_process_needs(monkeypatch):
+    def maximum(tensor, op):  # as if another process had a list of five
+        assert op is torch.distributed.ReduceOp.MAX
+        tensor.clamp_(min=5)
+
+    rewards, labels = torch.tensor([[2.0], [0.5], [1.0]]), torch.tensor([1, 2])
+    alone = ours.listed_logits(rewards, labels)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", maximum)
+    table = ours.listed_logits(rewards, labels)
+    assert table.shape == (2, 5)
+    assert torch.equal(table[:, :2], alone) and (table[:, 2:] == -100).all()
+    assert ours.listed_logits(rewards[:0], labels[:0]).shape == (0, 5)
 
 
 def test_masked_nan_reaches_the_loss():
@@ -244,10 +291,19 @@ def test_kind_of_output_is_not_taken(wrap):
         (lambda: ours.PairLossFunc()(torch.zeros(4, 2), torch.ones(2)), ValueError, "one reward a row"),
         (lambda: ours.PairLossFunc()("?", torch.ones(2)), TypeError, "outputs"),
         (lambda: ours.PairLossFunc()(torch.zeros(4), torch.ones(2, 1)), ValueError, "labels"),
-        (lambda: ours.PairLossFunc()(torch.zeros(4), torch.tensor([2.0, 1.0])), ValueError, "target"),
+        (lambda: ours.PairLossFunc()(torch.zeros(4), torch.tensor([2.0, 1.0])), ValueError, "^labels"),
         (lambda: ours.PairLossFunc()(torch.zeros(4), torch.ones(2), torch.ones(2, 1)), ValueError, "one process a GPU"),
         (lambda: ours.ListLossFunc()(torch.zeros(4), torch.tensor([2, 1])), ValueError, "as many rows"),
         (lambda: ours.ListLossFunc()(torch.zeros(4), torch.tensor([2.0, 2.0])), TypeError, "integer"),
+        (lambda: ours.ListLossFunc()(torch.zeros(3), torch.tensor([4, -1])), ValueError, "^labels"),
+        (lambda: ours.PairLossFunc()(torch.zeros(4).long(), torch.ones(2)), TypeError, "^outputs"),
+        (lambda: ours.PairLossFunc()(torch.zeros(4), torch.ones(2) * 1j), TypeError, "^labels"),
+        (lambda: ours.PairLossFunc()(torch.zeros(4), torch.ones(2), "3"), TypeError, "^num_items_in_batch"),
+        (lambda: ours.PairLossFunc()(torch.zeros(4), torch.ones(2), math.nan), ValueError, "^num_items_in_batch"),
+        (lambda: ours.PairLossFunc()(torch.zeros(4), torch.ones(4)), ValueError, "dispatch_batches"),
+        (lambda: ours.ListLossFunc()(torch.zeros(4), torch.tensor([2, 4])), ValueError, "dispatch_batches"),
+        (lambda: ours.paired_logits(torch.zeros(3), torch.ones(2)), ValueError, r"ForTrainer\(model\)"),
+        (lambda: ours.listed_logits(torch.zeros(4, 1), torch.tensor([2, 3])), ValueError, r"ForTrainer\(model\)"),
     ],
 )
 def test_wrong_argument_is_not_named(call, error, words):
@@ -277,6 +333,33 @@ def test_targets_or_order_are_lost(tokenizer):
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert batch["labels"].tolist() == [3, 2]
     assert batch["input_ids"].flatten().tolist() == [2, 3, 1, 4, 5]
+
+
+def test_none_among_the_ranks_hides_the_order_or_tensors_warn(tokenizer, recwarn):
+    items = [{"response_ids": [[1], [2], [3]], "ranks": [3, 1, 2]}, {"response_ids": [[4], [5]], "ranks": None}]
+    expected = [2, 3, 1, 4, 5]
+    assert ours.ListDataCollator(tokenizer)(items)["input_ids"].flatten().tolist() == expected
+    items[0] = {"response_ids": torch.tensor([[1], [2], [3]]), "ranks": torch.tensor([3, 1, 2])}
+    assert ours.ListDataCollator(tokenizer)(items)["input_ids"].flatten().tolist() == expected
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "item, words",
+    [
+        ({"response_ids": [[1], [2], [3]], "ranks": [2, 1]}, "ranks a response, 3, got 2"),
+        ({"response_ids": [[1], [2]], "ranks": [2, 1, 3]}, "ranks a response, 2, got 3"),
+        ({"response_ids": []}, "response_ids, got none"),
+        ({"response_ids": None}, "response_ids, got none"),
+        ({"response_ids": [[1], []]}, "at least one token id"),
+        ({"chosen_ids": [], "rejected_ids": [65]}, "at least one token id"),
+        ({"chosen_ids": [65], "rejected_ids": None}, "at least one token id"),
+    ],
+)
+def test_response_is_dropped_or_empty(tokenizer, item, words):
+    collator = ours.ListDataCollator if "response_ids" in item else ours.PairDataCollator
+    with pytest.raises(ValueError, match=words):
+        collator(tokenizer)([item])
 
 
 @pytest.mark.parametrize("extra", ["margin", "weight", "head"])

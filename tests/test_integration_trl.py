@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import math
 import sys
 import warnings
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from rewardfuse.integrations import trl as ours
 from rewardfuse.integrations._patching import HookChangedError
 
 STEPS, PAIRS_PER_STEP = 20, 4
+BY_MASK = {"pooling": "attention_mask"}
 WORDS = ["the", "reward", "of", "a", "good", "answer", "is", "more", "than", "bad", "one"]
 
 
@@ -64,14 +66,13 @@ def make_model(tokenizer):
 
 def make_trainer(module, folder, tokenizer, dataset, config=None, **options):
     """A trainer of ``module`` (trl or the drop-in) around the same tiny model."""
-    arguments = {"max_steps": STEPS, "logging_steps": 1, "learning_rate": 3e-3, "seed": 7, **options}
+    arguments = {"max_steps": STEPS, "logging_steps": 1, "learning_rate": 3e-3, "seed": 7}
+    arguments.update({"bf16": False, "gradient_checkpointing": False, **options})
     args = (config or module.RewardConfig)(
         output_dir=str(folder),
         per_device_train_batch_size=PAIRS_PER_STEP,
         per_device_eval_batch_size=PAIRS_PER_STEP,
         use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
@@ -205,6 +206,14 @@ def test_column_without_a_number_gives_an_obscure_error(value):
         ours.DataCollatorForPreference(pad_token_id=0)(rows)
 
 
+@pytest.mark.parametrize("name", COLUMNS)
+def test_column_that_the_first_pair_lacks_is_dropped(name):
+    rows = [{"chosen_ids": [1], "rejected_ids": [2], **more} for more in ({}, {name: 0.5})]
+    for order in (rows, rows[::-1]):
+        with pytest.raises(TypeError, match=f"column '{name}' must hold a number for every pair, got None"):
+            ours.DataCollatorForPreference(pad_token_id=0)(order)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -254,6 +263,20 @@ def test_tested_trl_version_warns(monkeypatch, fresh_import):
         fresh_import()
 
 
+@pytest.mark.parametrize("options", [{}, BY_MASK, {"row_layout": "packed", **BY_MASK}], ids=str)
+def test_prediction_loses_rewards_of_the_last_batch(tmp_path, tokenizer, options):
+    trainer = make_trainer(ours, tmp_path, tokenizer, pairs(), **options)
+    dataset = trainer.train_dataset.select(range(6))  # a batch of four, and one of two
+    predicted = trainer.predict(dataset).predictions
+    assert predicted.shape == (6, 2)
+    for index in range(6):
+        batch = trainer.data_collator([dataset[index]])
+        _, outputs = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)
+        assert predicted[index].tolist() == pytest.approx(outputs.logits.squeeze(-1).tolist(), abs=1e-5)
+    assert abs(predicted[:, 0] - predicted[:, 1]).min() > 1e-3
+    assert math.isfinite(trainer.evaluate(dataset)["eval_loss"])
+
+
 def _other_parameters(self, model, batch):
     raise AssertionError("not to be called")
 
@@ -293,5 +316,6 @@ def test_missing_trl_does_not_say_what_to_install(monkeypatch):
     name = "rewardfuse.integrations.trl"
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match=r"pip install rewardfuse\[trl\]"):
-        importlib.import_module(name)
+    for wanted in ours.__all__:
+        with pytest.raises(ImportError, match=r"pip install rewardfuse\[trl\]"):
+            exec(f"from {name} import {wanted}")

@@ -34,6 +34,11 @@ def lists(count=30, **columns):
     return Dataset.from_list(rows)
 
 
+def lists_of_two(dataset):
+    rows = [{"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]]} for row in dataset]
+    return Dataset.from_list([{**row, "order": [0, 1]} for row in rows])
+
+
 def make_trainer(folder, tokenizer, dataset, **options):
     arguments = {"max_steps": 10, "logging_steps": 1, "learning_rate": 3e-3, "seed": 7, **options}
     arguments.setdefault("per_device_train_batch_size", LISTS_PER_STEP)
@@ -109,9 +114,7 @@ def test_ten_steps_log_something_else_than_the_batch_says(tmp_path, tokenizer):
 @pytest.mark.parametrize("loss", ["plackett_luce", "all_pairs"])
 def test_lists_of_two_differ_from_trl_on_the_pairs(tmp_path, tokenizer, loss):
     dataset = pairs()
-    two = Dataset.from_list(
-        [{"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]], "order": [0, 1]} for row in dataset]
-    )
+    two = lists_of_two(dataset)
     shared = {"per_device_train_batch_size": PAIRS_PER_STEP, "max_steps": STEPS}
     ours = history(make_trainer(tmp_path / "ours", tokenizer, two, loss=loss, **shared))
     args = make_trainer(tmp_path / "args", tokenizer, two, **shared).args
@@ -150,6 +153,29 @@ def test_evaluation_takes_other_lists_than_it_is_given(tmp_path, tokenizer):
     batches = [trainer.data_collator([trainer.train_dataset[i] for i in range(start, start + 3)]) for start in (0, 3)]
     losses = [trainer.compute_loss(trainer.model, batch).item() for batch in batches]
     assert plain["eval_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+def test_prediction_loses_rewards_of_the_last_batch(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, lists())
+    trainer.model.eval()
+    dataset = trainer.train_dataset.select(range(5))  # a batch of three lists, and one of two: up to 4 and 5 responses
+    predicted = trainer.predict(dataset).predictions
+    assert predicted.shape == (5, 5)
+    for row, example in zip(predicted.tolist(), dataset, strict=True):
+        with torch.no_grad():
+            alone = [
+                trainer.model(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits.item()
+                for ids in example["response_ids"]
+            ]
+        best_first = [alone[place] for place in sorted(range(len(alone)), key=example["ranks"].__getitem__)]
+        assert row == pytest.approx(best_first + [-100.0] * (5 - len(alone)), abs=1e-5)
+
+
+def test_tokenizer_without_eos_gives_an_obscure_error(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="train data set, row 0: the tokenizer has no eos token"):
+        make_trainer(tmp_path, tokenizer, lists(2))
 
 
 @pytest.mark.parametrize("prompt", ["hi", [{"role": "user", "content": "hi"}], None])

@@ -156,6 +156,30 @@ def test_horizon_of_zero_divides_by_zero():
         ours.get_kl_controller(SimpleNamespace(type="adaptive", kl_coef=0.1, target_kl=0.1, horizon=0))
 
 
+@pytest.mark.parametrize("current_kl", [math.inf, math.nan, -math.inf])
+def test_fixed_controller_stops_a_run(current_kl):
+    controller = ours.get_kl_controller(SimpleNamespace(type="fixed", kl_coef=0.1))
+    controller.update(current_kl=current_kl, n_steps=4)
+    assert controller.value == 0.1
+
+
+X = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    "call, error, name",
+    [
+        (lambda: ours.kl_penalty(X, X[:1], "k1"), ValueError, "ref_logprob: .* logprob,"),
+        (lambda: ours.kl_penalty(X, None, "k1"), TypeError, "ref_logprob:"),
+        (lambda: ours.kl_penalty_forward(X.long(), X, "k1"), TypeError, "logprob:"),
+        (lambda: ours.AdaptiveKLController(0.1, 0, 10), ValueError, "target_kl:"),
+    ],
+)
+def test_argument_is_named_otherwise_than_by_verl(call, error, name):
+    with pytest.raises(error, match=f"^{name}"):
+        call()
+
+
 # the penalty in the reward
 
 
@@ -221,6 +245,23 @@ def test_empty_response_dilutes_the_kl(batch, their_apply):
     assert with_empty == metrics
     assert told_with_empty == told
     assert applied(their_apply, empty)[2] == pytest.approx((told[0] / 2, 12), rel=1e-5)  # as the docstring says
+
+
+@pytest.mark.parametrize("key", ["response_mask", "token_level_scores", "ref_log_prob"])
+def test_column_of_one_is_given_to_every_token(key):
+    names = ("response_mask", "token_level_scores", "old_log_probs", "ref_log_prob")
+    batch = {name: torch.zeros(2, 1 if name == key else 3) for name in names}
+    with pytest.raises(ValueError, match=rf"^{key}: .* old_log_probs"):
+        ours.apply_kl_penalty(SimpleNamespace(batch=batch), Recorder())
+
+
+def test_infinite_kl_stops_a_run_with_a_fixed_coefficient():
+    names = ("token_level_scores", "old_log_probs", "ref_log_prob")
+    batch = {"response_mask": torch.ones(2, 3), **{name: torch.zeros(2, 3) for name in names}}
+    batch["ref_log_prob"][0, 0] = -math.inf
+    data, metrics = ours.apply_kl_penalty(SimpleNamespace(batch=batch), ours.FixedKLController(0.1))
+    assert metrics["actor/reward_kl_penalty"] == math.inf
+    assert data.batch["token_level_rewards"].flatten().tolist() == [-math.inf, 0, 0, 0, 0, 0]
 
 
 def test_no_response_at_all_moves_the_controller(batch):

@@ -69,6 +69,12 @@ def test_changed_hook_is_replaced(package, name, parameters, message):
     assert package["peer.core"].total is theirs
 
 
+def test_changed_hook_has_a_name_that_nobody_looked_for(package):
+    package["peer.core"].total = lambda values: 0
+    with Patches() as patches, pytest.raises(HookChangedError, match=r"^peer\.core\.total takes \(values\)"):
+        patches.replace(package["peer.core"], "total", ours, ("values", "scale"))
+
+
 def test_class_is_looked_at_by_its_constructor(package):
     class Loss:
         def forward(self, chosen, rejected):

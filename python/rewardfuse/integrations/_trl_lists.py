@@ -15,7 +15,7 @@ from rewardfuse.batch_losses import LIST_LOSSES, list_loss, list_stats
 from rewardfuse.batching import Rows, collate_lists
 from rewardfuse.data import kind_of
 from rewardfuse.data.ranked_lists import RankedList, check_responses, ranks_of
-from rewardfuse.integrations._trl_metrics import DeferredMetrics, number
+from rewardfuse.integrations._trl_metrics import NO_REWARD, DeferredMetrics, PredictedTables, number
 from rewardfuse.integrations._trl_pooling import PooledRows, PoolingOptions, count_tokens
 from rewardfuse.ops.plackett_luce import TIES
 from rewardfuse.reward_model import row_inputs
@@ -89,7 +89,7 @@ class DataCollatorForRankedLists(DataCollatorMixin):
         }
 
 
-class ListwiseRewardTrainer(PooledRows, DeferredMetrics, trl.RewardTrainer):
+class ListwiseRewardTrainer(PooledRows, PredictedTables, DeferredMetrics, trl.RewardTrainer):
     r"""TRL's ``RewardTrainer`` for ranked lists: Plackett-Luce or all ordered pairs, each response encoded once.
 
     The data set has a column ``responses`` (at least two strings, or lists of chat messages, a row), with or without
@@ -105,6 +105,9 @@ class ListwiseRewardTrainer(PooledRows, DeferredMetrics, trl.RewardTrainer):
     Logged under TRL's names: ``accuracy`` is the share of the ordered pairs (ranks differ) of a batch that the rewards
     order alike, ``margin`` the mean reward of the best responses minus that of the others, averaged over lists; those
     of weight 0 are left out of both. Values reach the host when they are logged, not in every step.
+
+    ``predict`` and ``compute_metrics`` get one row a list, [lists, K]: the rewards of its responses, the best first
+    (tied ones as given), and -100, with which ``transformers`` pads, beyond its end.
 
     Source: Luce 1959, Plackett 1975; all pairs: Ouyang et al. 2022 (InstructGPT), eq. 1.
 
@@ -161,6 +164,10 @@ class ListwiseRewardTrainer(PooledRows, DeferredMetrics, trl.RewardTrainer):
         self._record(outputs.logits, stats.accuracy, stats.margin, count_tokens(inputs))
         return (loss, outputs) if return_outputs else loss
 
+    def _prediction_table(self, rewards, inputs):
+        rows = inputs["rows"].to(rewards.device)
+        return rewards[rows.clamp(min=0)].masked_fill(rows < 0, NO_REWARD)
+
 
 def _prepare(example: dict[str, Any], tokenizer) -> dict[str, Any]:
     """What the collator needs of a row, checked: token ids, ranks, and weight and top_k if there are such columns."""
@@ -193,6 +200,8 @@ def _token_ids(example: dict[str, Any], response: Any, tokenizer) -> list[int]:
     if not isinstance(prompt, str | list | None):
         raise ValueError(f"`prompt` must be a string or a list of chat messages, got {kind_of(prompt)}")
     if isinstance(response, str) and not isinstance(prompt, list):
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has no eos token, with which plain text must end: give it one")
         eos = "" if response.endswith(tokenizer.eos_token) else tokenizer.eos_token
         return tokenizer((prompt or "") + response + eos)["input_ids"]
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")

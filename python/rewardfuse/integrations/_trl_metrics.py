@@ -1,10 +1,11 @@
-"""What the trainers for TRL share: metrics that stay on the device until they are logged."""
+"""What the trainers for TRL share: metrics that stay on the device until they are logged, predictions in tables."""
 
 from typing import Any
 
 import torch
 
 NAMES = ("min_reward", "mean_reward", "max_reward", "accuracy", "margin")
+NO_REWARD = -100  # where a table of predictions has none: what the evaluation loop pads with
 
 
 def number(name: str, value: Any, owner: str) -> float:
@@ -57,3 +58,26 @@ class DeferredMetrics:
         """Log ``logs`` with the averages of the metrics since the last call."""
         self._collect()
         super().log(logs, start_time)
+
+
+class PredictedTables:
+    """Mixin for ``trl.RewardTrainer``: predictions with one row for each sample, a pair or a list.
+
+    The evaluation loop counts samples along the first dimension when it gathers a last, partial batch, and pads only
+    the second one to what other processes and batches have.
+    """
+
+    def _prediction_table(self, rewards: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """The rewards [sequences] of a batch as a table [samples, K], filled up with :data:`NO_REWARD`."""
+        raise NotImplementedError
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
+        """Loss, table of rewards, labels; of further outputs of the model, such as its hidden states, none."""
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if logits is None:
+            return loss, None, labels
+        if isinstance(logits, tuple):
+            logits = logits[0]
+        return loss, self._prediction_table(logits.squeeze(-1), inputs), labels

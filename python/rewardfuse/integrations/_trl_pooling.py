@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 POOLINGS = ("transformers", "attention_mask")
 ROW_LAYOUTS = ("padded", "grouped", "packed")
 _LAYOUTS = {"grouped": GroupedCollator, "packed": PackedCollator}
+_POOLED = "__pools_by_mask__"  # of such a forward
 _REFUSED = ("labels", "inputs_embeds", "past_key_values", "output_hidden_states", "output_attentions")
 
 
@@ -84,10 +85,12 @@ def reads_last_token(model: "PreTrainedModel") -> bool:
 def pool_by_mask(model: "PreTrainedModel") -> None:
     """Let ``model`` read its rewards where the attention mask ends, in place; its weights and class stay as they are.
 
-    ``model.forward`` is replaced on this object, so that wrappers (DDP, FSDP, PEFT) around it reach the new one. It
-    takes, by name, the layouts of :meth:`rewardfuse.reward_model.RewardModel.forward`: padded rows, lists of groups
-    with ``restore``, packed rows with ``cu_seqlens`` or ``position_ids``. It returns the output of ``score``, [B, 1],
-    in the dtype which that has, NaN for an empty row. What else the backbone takes is passed on.
+    ``model.forward`` is replaced on this object, so that wrappers (DDP, FSDP, PEFT) around it reach the new one;
+    :func:`pool_as_the_class` takes it off. It takes the layouts of
+    :meth:`rewardfuse.reward_model.RewardModel.forward`: padded rows (all tokens valid where there is no mask), lists of
+    groups with ``restore``, packed rows with ``cu_seqlens`` or ``position_ids``. By position it takes what the class's
+    own does. It returns the output of ``score``, [B, 1], in the dtype which that has, NaN for an empty row. What else
+    the backbone takes is passed on.
 
     Raises:
         ValueError: a class of another kind (:func:`reads_last_token`). When it is called: ``labels`` and other things
@@ -99,6 +102,7 @@ def pool_by_mask(model: "PreTrainedModel") -> None:
             f"got {type(model).__name__}"
         )
     layouts = Layouts(model.base_model)
+    signature = inspect.signature(type(model).forward)
 
     def rewards(
         self: "PreTrainedModel",
@@ -108,16 +112,18 @@ def pool_by_mask(model: "PreTrainedModel") -> None:
         cu_seqlens: torch.Tensor | None,
         others: dict[str, Any],
     ) -> torch.Tensor:
+        if mask is None and position_ids is None and cu_seqlens is None:
+            mask = torch.ones_like(ids)
         spans, inputs = layouts(ids, mask, position_ids, cu_seqlens)
         # backbone and head are looked up in each call: PEFT and FSDP replace them after this
         hidden = self.base_model(input_ids=ids, **inputs, **others).last_hidden_state.flatten(0, 1)
         logits = self.score(hidden[spans.end.to(hidden.device)]).to(ids.device)
         return logits.masked_fill(~spans.nonempty[:, None], torch.nan)
 
-    def forward(
+    def by_name(
         self: "PreTrainedModel",
-        input_ids: torch.Tensor | Sequence[torch.Tensor],
         *,
+        input_ids: torch.Tensor | Sequence[torch.Tensor],
         attention_mask: torch.Tensor | Sequence[torch.Tensor] | None = None,
         position_ids: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
@@ -139,9 +145,25 @@ def pool_by_mask(model: "PreTrainedModel") -> None:
 
         return SequenceClassifierOutputWithPast(logits=in_groups(run, input_ids, attention_mask, restore))
 
+    def forward(self: "PreTrainedModel", *given: Any, **named: Any) -> SequenceClassifierOutputWithPast:
+        if given:
+            _, *positional = signature.bind_partial(self, *given).arguments.items()
+            return by_name(self, **dict(positional), **named)
+        return by_name(self, **named)
+
     # the class's signature, which trainers and generation look at
     pooled = functools.wraps(type(model).forward)(can_return_tuple(forward))
+    setattr(pooled, _POOLED, True)
     model.forward = types.MethodType(pooled, model)
+
+
+def pool_as_the_class(model: "PreTrainedModel") -> None:
+    """Undo :func:`pool_by_mask`, also where ``accelerate`` has wrapped the forward since; else nothing."""
+    forward = vars(model).get("forward")
+    while forward is not None and not hasattr(forward, _POOLED):
+        forward = getattr(forward, "__wrapped__", None)
+    if forward is not None:
+        del model.forward
 
 
 class LaidOutCollator:
@@ -209,16 +231,12 @@ class PooledRows:
                 kind = type(model.active_peft_config).__name__
                 raise ValueError(f"pooling='attention_mask' does not go with the virtual tokens of {kind}")
             model = model.get_base_model()
-        tokenizer = self.processing_class
         if pooling == "attention_mask":
             self._check_whole_rows()
             pool_by_mask(model)
-        elif reads_last_token(model) and tokenizer.pad_token_id == tokenizer.eos_token_id:
-            warnings.warn(
-                f"pad and eos are the same token ({tokenizer.pad_token!r}), so {type(model).__name__} takes the eos at "
-                "the end of a row for padding and reads its reward one token early: set pooling='attention_mask'",
-                stacklevel=3,
-            )
+        else:
+            pool_as_the_class(model)  # a model that another trainer has had
+            _warn_if_read_early(model, self.processing_class)
         row_layout = getattr(self.args, "row_layout", "padded")
         if row_layout != "padded":
             self._check_passes(row_layout)
@@ -247,6 +265,15 @@ class PooledRows:
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         super()._track_num_input_tokens(_flat(inputs))
+
+
+def _warn_if_read_early(model: "PreTrainedModel", tokenizer: Any) -> None:
+    if reads_last_token(model) and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        warnings.warn(
+            f"pad and eos are the same token ({tokenizer.pad_token!r}), so {type(model).__name__} takes the eos at the "
+            "end of a row for padding and reads its reward one token early: set pooling='attention_mask'",
+            stacklevel=4,
+        )
 
 
 def count_tokens(inputs: dict[str, Any]) -> torch.Tensor:

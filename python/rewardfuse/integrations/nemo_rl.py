@@ -17,13 +17,14 @@ from __future__ import annotations
 import enum
 import importlib
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rewardfuse import approx_kl, bradley_terry_loss, presets
-from rewardfuse.integrations._patching import Patches
+from rewardfuse.integrations._patching import Patches, check_alike
 from rewardfuse.ops import _checks
 
 __all__ = ["LossInputType", "LossType", "PreferenceLossFn", "calculate_kl", "install", "uninstall"]
@@ -58,8 +59,9 @@ class PreferenceLossFn:
     Call with
 
     - ``logits``: rewards of 2B rows, chosen, rejected, chosen, …; ``[2B]`` or ``[2B, 1]``, of any floating dtype;
-    - ``data``: a mapping with ``sample_mask`` ``[2B]`` (w, 0: left out; the chosen response's holds for the pair). If
-      it also has ``pair_index`` (int) and ``is_chosen``, ``[2B]``, rows may stand in any order;
+    - ``data``: a mapping with ``sample_mask`` ``[2B]`` (w, 0: left out; the chosen response's holds for the pair, and
+      the rejected one's for ``rewards_rejected_mean``). If it also has ``pair_index`` (int) and ``is_chosen``,
+      ``[2B]``, rows may stand in any order;
     - ``global_valid_seqs``: N, a number or a 0-d tensor; ``global_valid_toks``: not used.
 
     Returns:
@@ -73,8 +75,9 @@ class PreferenceLossFn:
     device instead of five.
 
     Raises:
-        ValueError, TypeError: an odd number of rows; shapes that do not fit; (checked where values are) a
-            ``pair_index`` without just one chosen and one rejected row.
+        ValueError, TypeError: an odd number of rows; arguments of another kind or shape; (checked where values are) a
+            negative ``sample_mask`` or ``global_valid_seqs``, a ``pair_index`` without just one chosen and one rejected
+            row.
 
     Source: Bradley and Terry 1952; NeMo-RL, ``algorithms/loss/loss_functions.py``.
 
@@ -93,7 +96,8 @@ class PreferenceLossFn:
         global_valid_seqs: Tensor | float,
         global_valid_toks: Tensor | float | None,
     ) -> tuple[Tensor, dict[str, float]]:
-        mask = data["sample_mask"]
+        mask = data.get("sample_mask")
+        _checks.check_tensors(logits=logits, sample_mask=mask)
         rewards = logits.squeeze(-1)
         means = self._preference_loss(rewards, mask, global_valid_seqs, data=data)
         names = ("loss", "accuracy", "rewards_chosen_mean", "rewards_rejected_mean", "num_valid_samples")
@@ -122,6 +126,8 @@ class PreferenceLossFn:
                 "logits: expected one reward a row, the shape of sample_mask, "
                 f"{list(sample_mask.shape)}, got {list(rewards.shape)}"
             )
+        _checks.check_rewards("logits", rewards)
+        _check_weights(sample_mask, global_valid_seqs)
         chosen, rejected = self.split_output_tensor(rewards, data)
         chosen_mask, rejected_mask = self.split_output_tensor(sample_mask, data)
         pairs = global_valid_seqs / 2 + 1e-8
@@ -165,11 +171,27 @@ def calculate_kl(
     >>> calculate_kl(torch.tensor([-1.0, -9.0]), torch.tensor([-1.5, -1.0]))
     tensor([ 0.1065, 10.0000])
     """
+    check_alike(logprobs=logprobs, logprobs_reference=logprobs_reference)
     return approx_kl(logprobs, logprobs_reference, **presets.nemo_rl(kl_type, input_clamp_value, output_clamp_value).kl)
+
+
+def _check_weights(sample_mask: Tensor, global_valid_seqs: Tensor | float) -> None:
+    """Raises by name for a count that is none, and, where values are checked, for negative weights."""
+    if not isinstance(global_valid_seqs, Real | Tensor):
+        raise TypeError(f"global_valid_seqs: expected a number or a tensor, got {type(global_valid_seqs).__name__}")
+    if isinstance(global_valid_seqs, Tensor) and global_valid_seqs.dim():
+        raise ValueError(f"global_valid_seqs: expected a number or a 0-d tensor, got {list(global_valid_seqs.shape)}")
+    if not _checks.values_are_checked(sample_mask):
+        return
+    if (sample_mask < 0).any():
+        raise ValueError(f"sample_mask: expected no negative weight, got {sample_mask.min().item():g}")
+    if global_valid_seqs < 0:
+        raise ValueError(f"global_valid_seqs: expected at least 0, got {float(global_valid_seqs):g}")
 
 
 def _interleaving(pair_index: Tensor, is_chosen: Tensor, rows: Tensor) -> Tensor:
     """The order of rows in which each pair's chosen one stands first, its rejected one behind it, int64 ``[2B]``."""
+    _checks.check_tensors(pair_index=pair_index, is_chosen=is_chosen)
     pair_index, is_chosen = pair_index.to(rows.device).long(), is_chosen.to(rows.device).bool()
     for name, tensor in (("pair_index", pair_index), ("is_chosen", is_chosen)):
         if tensor.shape != rows.shape[:1]:

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rewardfuse import approx_kl, bradley_terry_loss, kl_penalized_rewards, presets
-from rewardfuse.integrations._patching import Patches, warn_if_untested
+from rewardfuse.integrations._patching import Patches, check_alike, warn_if_untested
+from rewardfuse.ops import _checks
 
 __all__ = ["LogExpLoss", "PairWiseLoss", "compute_approx_kl", "compute_reward", "install", "uninstall"]
 
@@ -41,7 +43,7 @@ class PairWiseLoss(nn.Module):
     Source: Bradley and Terry 1952; margin: Touvron et al. 2023 (Llama 2), eq. 2.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit, see :func:`rewardfuse.bradley_terry_loss`.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
 
     >>> loss_fn = PairWiseLoss()
     >>> round(loss_fn(torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor([1.0])).item(), 4)
@@ -54,7 +56,11 @@ class PairWiseLoss(nn.Module):
         reject_reward: Tensor,  # [pairs]
         margin: Tensor | float | None = None,  # [pairs]
     ) -> Tensor:
-        return bradley_terry_loss(chosen_reward, reject_reward, margin)
+        _checks.check_tensors(chosen_reward=chosen_reward, reject_reward=reject_reward)
+        chosen, rejected = _checks.promote_under_autocast(chosen_reward, reject_reward)
+        per_pair = margin if isinstance(margin, Tensor) else None
+        _checks.check_pairs("chosen_reward", chosen, "reject_reward", rejected, None, margin=per_pair)
+        return bradley_terry_loss(chosen, rejected, margin)
 
 
 class LogExpLoss(PairWiseLoss):
@@ -103,20 +109,18 @@ def compute_approx_kl(
     no gradient; shapes do not broadcast.
 
     Raises:
-        ValueError, TypeError: an unknown estimator; tensors that do not fit, see :func:`rewardfuse.approx_kl`.
+        ValueError, TypeError: an unknown estimator; tensors that do not fit.
 
     Source: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
 
     >>> compute_approx_kl(torch.tensor([-1.0, -20.0]), torch.tensor([-1.5, -1.0]))
     tensor([  0.5000, -10.0000])
     """
+    check_alike(log_probs=log_probs, log_probs_base=log_probs_base)
     kl = approx_kl(log_probs, log_probs_base, **presets.openrlhf(kl_estimator, unbiased_gradient).kl)
     if log_probs_old is None or not unbiased_gradient:
         return kl
-    if log_probs_old.shape != log_probs.shape:
-        raise ValueError(
-            f"log_probs_old: expected the shape of log_probs, {list(log_probs.shape)}, got {list(log_probs_old.shape)}"
-        )
+    check_alike(log_probs=log_probs, log_probs_old=log_probs_old)
     gap = log_probs.detach().to(kl.dtype) - log_probs_old.detach().to(kl.dtype)
     weight = gap.exp().clamp(max=_WEIGHT_CLIP)
     return kl.detach() + weight * (kl - kl.detach())  # the weight is the gradient's, not the value's
@@ -134,8 +138,8 @@ def compute_reward(
     .. math:: r_t = [t = last]\,\mathrm{clamp}(r) - β\,k_t
 
     Args:
-        r: the scores, ``[B]`` of any dtype, or one number for all.
-        kl_coef: β; 0 or less is no KL, even where it is infinite.
+        r: the scores, ``[B]`` of any real dtype, or one number for all.
+        kl_coef: β, a number or a 0-d tensor; 0 or less is no KL, even where it is infinite.
         kl: :math:`k`, ``[B, T]``, or a list of B tensors ``[T_i]``.
         action_mask: ``[B, T]``, nonzero on the tokens that the policy chose, padding on either side and holes
             being fine; for a list a list of ``[T_i]``. None: every token.
@@ -150,7 +154,8 @@ def compute_reward(
     promise and its code does not take (it raises), work.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit; ``reward_clip_range`` is no range.
+        ValueError, TypeError: shapes or dtypes that do not fit; ``kl_coef`` is no number, ``reward_clip_range`` no
+            pair or no range.
 
     Source: Ziegler et al. 2019, equation 2.
 
@@ -159,14 +164,23 @@ def compute_reward(
     """
     if isinstance(kl, Tensor):
         return _rewards(r, kl_coef, kl, action_mask, reward_clip_range)
-    masks = [None] * len(kl) if action_mask is None else action_mask
-    scores = _scores(r, len(kl), kl[0]).unbind() if len(kl) else ()
-    if not len(masks) == len(scores) == len(kl):
-        raise ValueError(f"kl: expected as many as r and action_mask, {len(scores)} and {len(masks)}, got {len(kl)}")
+    if not isinstance(kl, Sequence):
+        raise TypeError(f"kl: expected a tensor or a list of tensors, got {type(kl).__name__}")
+    rows = [_row("kl", row) for row in kl]
+    masks = [None] * len(kl) if action_mask is None else [_row("action_mask", mask) for mask in action_mask]
+    if len(masks) != len(kl):
+        raise ValueError(f"action_mask: expected as many as kl, {len(kl)}, got {len(masks)}")
+    scores = _scores(r, rows[0] if rows else torch.zeros(0), len(kl)).unbind()
     return [
-        _rewards(score[None], kl_coef, row[None], None if mask is None else mask[None], reward_clip_range)[0]
-        for score, row, mask in zip(scores, kl, masks, strict=True)
+        _rewards(score[None], kl_coef, row, mask, reward_clip_range)[0]
+        for score, row, mask in zip(scores, rows, masks, strict=True)
     ]
+
+
+def _row(name: str, values: Tensor) -> Tensor:
+    """One response of a list as a batch of one."""
+    _checks.check_tensors(**{name: values})
+    return values[None]
 
 
 def _rewards(
@@ -177,23 +191,38 @@ def _rewards(
     reward_clip_range: tuple[float, float] | None,
 ) -> Tensor:
     """:func:`compute_reward` of one tensor: kl is its own k1 from a reference of 0."""
+    _checks.check_rewards("kl", kl)
+    if kl.dim() != 2:
+        raise ValueError(f"kl: expected [responses, tokens], or a list of [tokens], got {list(kl.shape)}")
+    if action_mask is not None:
+        _checks.check_tensors(action_mask=action_mask)
+        _checks.check_like("action_mask", action_mask, "kl", kl)
+    if not isinstance(kl_coef, Tensor):
+        _checks.check_options(None, kl_coef=kl_coef)
+    if reward_clip_range is not None and not isinstance(reward_clip_range, Sequence):
+        raise TypeError(f"reward_clip_range: expected (low, high) or None, got {type(reward_clip_range).__name__}")
     clip = presets.openrlhf(reward_clip_range=reward_clip_range or None).rewards.get("score_clip")
     return kl_penalized_rewards(
         kl,
         kl.new_zeros(()).expand_as(kl),
         None if action_mask is None else action_mask.bool(),
-        scores=_scores(r, len(kl), kl),
+        scores=_scores(r, kl, len(kl)),
         kl_coef=max(kl_coef, 0.0),
         score_clip=clip,
         differentiable_rewards=True,
     ).rewards
 
 
-def _scores(r: Tensor | float, rows: int, kl: Tensor) -> Tensor:
-    """One score a row, of a floating dtype."""
+def _scores(r: Tensor | float, kl: Tensor, rows: int) -> Tensor:
+    """One score a row, of a floating dtype: a number or an integer in that of the rewards, not in that of 16-bit KL."""
+    dtype = torch.float64 if kl.dtype is torch.float64 else torch.float32
+    if isinstance(r, Real):
+        return torch.full((rows,), float(r), dtype=dtype, device=kl.device)
     if not isinstance(r, Tensor):
-        return torch.full((rows,), float(r), dtype=kl.dtype, device=kl.device)
-    return r if r.is_floating_point() else r.to(kl.dtype)
+        raise TypeError(f"r: expected a tensor or a number, got {type(r).__name__}")
+    if list(r.shape) != [rows]:
+        raise ValueError(f"r: expected a number or as many scores as responses, [{rows}], got {list(r.shape)}")
+    return r if r.is_floating_point() else r.to(dtype)
 
 
 _LOSS = (("self", "chosen_reward", "reject_reward", "margin"), "openrlhf.models.loss")
@@ -215,8 +244,9 @@ def install() -> None:
     """Put these losses and functions in the place of OpenRLHF's, in every module of OpenRLHF that has them by name.
 
     That is ``openrlhf.models.utils``, ``openrlhf.models.loss``, every loaded module of OpenRLHF that imported one of
-    them, and every one that does so later. Trainers that exist already keep the loss they have. Calling it again does
-    no harm. Holds for this process alone: with Ray, every worker has to call it.
+    them, and every one that does so later. Trainers that exist already keep the loss they have; such a loss is no
+    instance of the class in its place, and ``pickle`` refuses it until :func:`uninstall` (Ray's cloudpickle does not).
+    Calling it again does no harm. Holds for this process alone: with Ray, every worker has to call it.
 
     Raises:
         ImportError: OpenRLHF is not installed.

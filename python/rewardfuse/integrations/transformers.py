@@ -14,10 +14,12 @@ dividing by that number gives the mean over the pairs of the step, however they 
         compute_loss_func=PairLossFunc(),
     )
 
-The model may be any that gives one reward a row: ``logits`` ``[rows, 1]``, or a :class:`rewardfuse.RewardModel` (which
-reads the reward at the right token whatever pads; ``TrainingArguments(label_names=["labels"])`` lets the Trainer
-evaluate it). In evaluation the Trainer hands predictions to ``compute_metrics`` whole only if there is one row a label:
-pass ``preprocess_logits_for_metrics=paired_logits`` (``listed_logits``) along with it.
+The model may be any that gives one reward a row as ``logits`` ``[rows, 1]``. A :class:`rewardfuse.RewardModel`, which
+reads the reward at the right token whatever pads, does so as :class:`ForTrainer`. In evaluation the Trainer hands
+predictions to ``compute_metrics`` whole only if there is one row a label: pass
+``preprocess_logits_for_metrics=paired_logits`` (``listed_logits``) along with it. An ``IterableDataset`` on several
+processes needs ``accelerator_config={"dispatch_batches": False}``: accelerate would hand the rows of a batch, not its
+items, to the processes.
 
 Tested with transformers 5.23. Nothing of it is imported here.
 """
@@ -29,14 +31,56 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch import distributed as dist
 
 from rewardfuse import bradley_terry_loss, plackett_luce_loss_packed
 from rewardfuse.batching import ListCollator, PairCollator, Rows
+from rewardfuse.ops import _checks
 
-__all__ = ["ListDataCollator", "ListLossFunc", "PairDataCollator", "PairLossFunc", "listed_logits", "paired_logits"]
+__all__ = [
+    "ForTrainer",
+    "ListDataCollator",
+    "ListLossFunc",
+    "PairDataCollator",
+    "PairLossFunc",
+    "listed_logits",
+    "paired_logits",
+]
 
 IGNORED = -100  # what the Trainer does not count among labels
+_DISPATCHED = (
+    ' (an IterableDataset on several processes needs accelerator_config={"dispatch_batches": False}: accelerate would '
+    "hand rows, not items, to the processes)"
+)
+_BARE = " (a RewardModel loses its first reward to the Trainer: give it ForTrainer(model))"
+
+
+class ForTrainer(nn.Module):
+    """A :class:`rewardfuse.RewardModel` as the Trainer wants a model: with ``{"logits": [rows, 1]}`` for its outputs.
+
+    From a bare tensor the Trainer takes the first reward away, as the loss that it expects there: ``predict()`` and
+    ``compute_metrics`` would see one reward too few. It also learns from the ``labels`` of this ``forward``, which are
+    not used, that batches have some; for a bare model it needs ``TrainingArguments(label_names=["labels"])``.
+
+    Everything else is the model's, so ``ForTrainer(model).save_pretrained(folder)`` writes what
+    ``RewardModel.from_pretrained`` reads. The checkpoints that the Trainer writes are for resuming alone.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        return {"logits": self.model(input_ids, attention_mask)[:, None]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +125,11 @@ class PairLossFunc:
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         rewards, labels = _rewards(outputs), _labels(labels)
-        if len(rewards) != 2 * len(labels):
-            raise ValueError(f"outputs: expected two rows a label, {2 * len(labels)}, got {len(rewards)}")
+        _check_rows("outputs", rewards, 2 * len(labels), "two rows a label", _DISPATCHED)
         mask = labels != IGNORED
+        if _checks.values_are_checked(labels):
+            probable = (labels >= 0) & (labels <= 1)
+            _checks.check_values("labels", labels, probable, mask, f"probabilities, or {IGNORED}")
         return bradley_terry_loss(
             *rewards.chunk(2),
             mask=mask,
@@ -129,8 +175,8 @@ class ListLossFunc:
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         rewards, lengths = _rewards(outputs), _lengths(labels)
-        if lengths.device.type == "cpu" and len(rewards) != lengths.sum():  # on a GPU looking would wait for it
-            raise ValueError(f"outputs: expected as many rows as labels say, {lengths.sum()}, got {len(rewards)}")
+        if lengths.device.type == "cpu":  # on a GPU looking would wait for it
+            _check_rows("outputs", rewards, int(lengths.sum()), "as many rows as labels say", _DISPATCHED)
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         normalizer = _normalizer(num_items_in_batch)
         return plackett_luce_loss_packed(rewards, bounds, top_k=self.top_k, normalizer=normalizer)
@@ -144,8 +190,8 @@ class PairDataCollator(PairCollator):
     :class:`rewardfuse.batching.PairDataset`; the Trainer leaves them their keys under ``remove_unused_columns=False``.
 
     Raises:
-        ValueError: there are no items, one of them lacks its token ids, or has a ``margin``, ``weight`` or ``head``,
-            which the Trainer does not pass on to a loss.
+        ValueError: there are no items, one of them lacks its token ids or has none in them, or has a ``margin``,
+            ``weight`` or ``head``, which the Trainer does not pass on to a loss.
     """
 
     def _lay_out(self, items: Sequence[dict[str, Any]]) -> Rows:
@@ -153,7 +199,7 @@ class PairDataCollator(PairCollator):
         sequences, tensors = super()._lay_out(items)
         labels = tensors.pop("target", torch.ones(len(items)))
         _check_passed_on(tensors)
-        return sequences, {"labels": labels}
+        return _token_ids(sequences), {"labels": labels}
 
 
 class ListDataCollator(ListCollator):
@@ -163,18 +209,18 @@ class ListDataCollator(ListCollator):
     tokenizer's side; ``labels`` int64 ``[lists]``, the number of responses of each.
 
     Raises:
-        ValueError: there are no items, one of them lacks its token ids, has tied ranks, or has a ``weight``, ``top_k``
-            or ``head``, none of which the Trainer passes on to a loss.
+        ValueError: there are no items, one of them lacks its token ids, has no responses or one without a token, has
+            ranks that are not one a response, or tied, or has a ``weight``, ``top_k`` or ``head``, none of which the
+            Trainer passes on to a loss.
     """
 
     def _lay_out(self, items: Sequence[dict[str, Any]]) -> Rows:
         _check_keys(items, ("response_ids",))
-        ranked = [item if "ranks" in item else {**item, "ranks": range(len(item["response_ids"]))} for item in items]
-        sequences, tensors = super()._lay_out(ranked)
+        sequences, tensors = super()._lay_out([{**item, "ranks": _ranks(item)} for item in items])
         lengths = tensors.pop("cu_seqlens").diff()
         del tensors["rows"]
         _check_passed_on(tensors)
-        return sequences, {"labels": lengths}
+        return _token_ids(sequences), {"labels": lengths}
 
 
 def paired_logits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -187,18 +233,27 @@ def paired_logits(logits: Tensor, labels: Tensor) -> Tensor:
     tensor([[2.0000, 1.0000],
             [0.5000, 1.5000]])
     """
-    return torch.stack(_rewards(logits).chunk(2), 1)
+    rewards = _rewards(logits)
+    _check_rows("logits", rewards, 2 * len(_labels(labels)), "two rows a label", _BARE)
+    return torch.stack(rewards.chunk(2), 1)
 
 
 def listed_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """Predictions with a row a list, ``[lists, K]``, −100 behind the end of shorter ones: see :func:`paired_logits`.
 
+    K is the length of the longest list, over all processes where there are several: each of them must call this.
+
     >>> listed_logits(torch.tensor([[2.0], [0.5], [1.0]]), torch.tensor([1, 2]))
     tensor([[   2.0000, -100.0000],
             [   0.5000,    1.0000]])
     """
-    lists = _rewards(logits).split(_lengths(labels).tolist())
-    return torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=IGNORED)
+    rewards, lengths = _rewards(logits), _lengths(labels)
+    _check_rows("logits", rewards, int(lengths.sum()), "as many rows as labels say", _BARE)
+    longest = lengths.max() if len(lengths) else lengths.sum()
+    if dist.is_available() and dist.is_initialized():  # the Trainer gathers these tables as they are
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+    filled = torch.arange(int(longest), device=lengths.device) < lengths[:, None]
+    return rewards.new_full(filled.shape, IGNORED).masked_scatter(filled, rewards)
 
 
 def _rewards(outputs: Any) -> Tensor:
@@ -213,12 +268,20 @@ def _rewards(outputs: Any) -> Tensor:
         outputs = outputs.squeeze(1)
     if outputs.dim() != 1:
         raise ValueError(f"outputs: expected one reward a row, [rows] or [rows, 1], got {list(outputs.shape)}")
+    _checks.check_rewards("outputs", outputs)
     return outputs
+
+
+def _check_rows(name: str, rewards: Tensor, expected: int, words: str, reason: str) -> None:
+    if len(rewards) != expected:
+        raise ValueError(f"{name}: expected {words}, {expected}, got {len(rewards)}{reason}")
 
 
 def _labels(labels: Any) -> Tensor:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: expected a tensor from the collator, got {type(labels).__name__}")
+    if labels.is_complex():
+        raise TypeError(f"labels: expected real numbers, got {labels.dtype}")
     if labels.dim() != 1:
         raise ValueError(f"labels: expected one a pair or list, a 1-d tensor, got {list(labels.shape)}")
     return labels
@@ -228,13 +291,17 @@ def _lengths(labels: Any) -> Tensor:
     labels = _labels(labels)
     if labels.is_floating_point() or labels.dtype is torch.bool:
         raise TypeError(f"labels: expected the integer number of responses of each list, got {labels.dtype}")
-    return torch.where(labels == IGNORED, 0, labels)
+    lengths = torch.where(labels == IGNORED, 0, labels).long()
+    if _checks.values_are_checked(lengths) and (lengths < 0).any():
+        raise ValueError(f"labels: expected lengths, or {IGNORED}, got {lengths.min()}")
+    return lengths
 
 
-def _normalizer(num_items_in_batch: Tensor | int | None) -> Tensor | int | None:
+def _normalizer(num_items_in_batch: Tensor | int | None) -> Tensor | float | None:
     """What to divide by; a step of no item at all must not divide by 0."""
     if not isinstance(num_items_in_batch, Tensor):
-        return None if num_items_in_batch is None else max(num_items_in_batch, 1)
+        _, number = _checks.tensor_or_number("num_items_in_batch", num_items_in_batch, 0.0)
+        return None if num_items_in_batch is None else max(number, 1.0)
     if num_items_in_batch.dim():
         raise ValueError(
             f"num_items_in_batch: expected a number or a 0-d tensor, got {list(num_items_in_batch.shape)}, as the "
@@ -251,6 +318,29 @@ def _check_keys(items: Sequence[dict[str, Any]], keys: tuple[str, ...]) -> None:
                 f"items: expected {' and '.join(keys)}, got {sorted(item)}; "
                 "the Trainer drops them without TrainingArguments(remove_unused_columns=False)"
             )
+
+
+def _token_ids(sequences: Sequence[Any]) -> list[Any]:
+    """Each row's token ids, none of them empty; as lists, since ``torch.tensor`` warns where it is given a tensor."""
+    if not all(_has_some(ids) for ids in sequences):
+        raise ValueError("items: expected at least one token id in each response, got one without")
+    return [ids.tolist() if isinstance(ids, Tensor) else ids for ids in sequences]
+
+
+def _ranks(item: Mapping[str, Any]) -> Sequence[Any]:
+    """The rank of each response of a list; those of an item without are best first."""
+    responses, ranks = item["response_ids"], item.get("ranks")
+    if not _has_some(responses):
+        raise ValueError("items: expected at least one response in response_ids, got none")
+    if ranks is None:
+        return range(len(responses))
+    if len(ranks) != len(responses):
+        raise ValueError(f"items: expected one of ranks a response, {len(responses)}, got {len(ranks)}")
+    return ranks
+
+
+def _has_some(values: Any) -> bool:
+    return values is not None and len(values) > 0
 
 
 def _check_passed_on(tensors: Mapping[str, Tensor]) -> None:

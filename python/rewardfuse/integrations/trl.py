@@ -32,7 +32,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference as _TRLDataColl
 
 from rewardfuse.integrations._patching import HookChangedError, check_parameters, warn_if_untested
 from rewardfuse.integrations._trl_lists import DataCollatorForRankedLists, ListwiseRewardConfig, ListwiseRewardTrainer
-from rewardfuse.integrations._trl_metrics import DeferredMetrics, number
+from rewardfuse.integrations._trl_metrics import DeferredMetrics, PredictedTables, number
 from rewardfuse.integrations._trl_pooling import PooledRows, PoolingOptions, count_tokens
 from rewardfuse.reward_model import row_inputs
 
@@ -64,6 +64,7 @@ HOOKS = {  # the methods of TRL's trainer that are replaced or wrapped here, and
     "log": ("logs", "start_time"),
     "floating_point_ops": ("inputs",),
     "_track_num_input_tokens": ("inputs",),
+    "prediction_step": ("model", "inputs", "prediction_loss_only", "ignore_keys"),
 }
 
 
@@ -133,7 +134,7 @@ class DataCollatorForPreference(_TRLDataCollator):
     """TRL's collator, which also batches the optional columns ``weight`` and ``target`` as float32 tensors [pairs].
 
     Raises:
-        TypeError: a column that holds no number for one of the pairs, named with the value that came.
+        TypeError: a column that some pair has and that holds no number for another, named with the value that came.
     """
 
     def rows(self, examples: list[dict[str, Any]]) -> Rows:
@@ -151,11 +152,11 @@ def _columns(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {
         name: torch.tensor([number(name, example.get(name), "pair") for example in examples], dtype=torch.float)
         for name in PAIR_COLUMNS
-        if name in examples[0]
+        if any(name in example for example in examples)
     }
 
 
-class RewardTrainer(PooledRows, DeferredMetrics, trl.RewardTrainer):
+class RewardTrainer(PooledRows, PredictedTables, DeferredMetrics, trl.RewardTrainer):
     r"""TRL's ``RewardTrainer`` with the loss and its metrics from :func:`rewardfuse.bradley_terry_loss`.
 
     With r_c, r_r the rewards of a pair (``logits.squeeze(-1)``, chosen in the first half of the batch),
@@ -171,7 +172,8 @@ class RewardTrainer(PooledRows, DeferredMetrics, trl.RewardTrainer):
     ``accuracy`` and ``margin``. Values reach the host when they are logged, not in every step.
 
     Deviations from TRL: the loss is computed and returned in float32 where TRL keeps the dtype of the scores
-    (bfloat16 models), and ``margin`` is not passed to the model.
+    (bfloat16 models); ``margin`` is not passed to the model; ``predict`` and ``compute_metrics`` get one row a pair,
+    [pairs, 2], the chosen response's reward first, where TRL's [2 x pairs, 1] loses some of a last, partial batch.
 
     Source: Bradley and Terry 1952; TRL 1.16 ``RewardTrainer.compute_loss``.
 
@@ -218,3 +220,6 @@ class RewardTrainer(PooledRows, DeferredMetrics, trl.RewardTrainer):
         )
         self._record(outputs.logits, stats.accuracy, stats.reward_margin, tokens)
         return (loss, outputs) if return_outputs else loss
+
+    def _prediction_table(self, rewards, inputs):
+        return torch.stack(rewards.chunk(2), dim=1)

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rewardfuse import FixedKLController, approx_kl, kl_control, presets
-from rewardfuse.integrations._patching import Patches, check_parameters, warn_if_untested
+from rewardfuse import approx_kl, kl_control, presets
+from rewardfuse.integrations._patching import Patches, check_alike, check_parameters, warn_if_untested
+from rewardfuse.ops import _checks
 
 __all__ = [
     "AdaptiveKLController",
@@ -59,13 +60,14 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
 
     Raises:
         NotImplementedError: "full", as in verl: it needs both models' logits.
-        ValueError, TypeError: another unknown name; tensors that do not fit, see :func:`rewardfuse.approx_kl`.
+        ValueError, TypeError: another unknown name; tensors that do not fit.
 
     Source: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html); the names are verl's.
 
     >>> kl_penalty(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0]), "low_var_kl")
     tensor([0.1065, 0.7183])
     """
+    check_alike(logprob=logprob, ref_logprob=ref_logprob)
     return approx_kl(logprob, ref_logprob, **_options(kl_penalty))
 
 
@@ -76,6 +78,7 @@ def kl_penalty_forward(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) ->
         NotImplementedError: "full".
         ValueError, TypeError: another unknown name, a "+" too; tensors that do not fit.
     """
+    check_alike(logprob=logprob, ref_logprob=ref_logprob)
     options = _options(kl_penalty)
     if kl_penalty.endswith("+"):
         raise ValueError(f"kl_penalty: expected a name without +, which kl_penalty takes, got {kl_penalty!r}")
@@ -106,7 +109,20 @@ class AdaptiveKLController(kl_control.AdaptiveKLController):
     """
 
     def __init__(self, init_kl_coef: float, target_kl: float, horizon: float) -> None:
-        super().__init__(init_kl_coef, target_kl, horizon)
+        super().__init__(init_kl_coef, kl_control._positive("target_kl", target_kl), horizon)
+
+
+class FixedKLController(kl_control.FixedKLController):
+    """:class:`rewardfuse.FixedKLController` with verl's ``update``, which looks at nothing: a run goes on in any case.
+
+    >>> controller = FixedKLController(kl_coef=0.1)
+    >>> controller.update(current_kl=float("inf"), n_steps=4)
+    >>> controller.value
+    0.1
+    """
+
+    def update(self, current_kl: Any, n_steps: Any) -> None:
+        """Does nothing."""
 
 
 class KLControl(Protocol):
@@ -162,8 +178,13 @@ def apply_kl_penalty(data: Any, kl_ctrl: Any, kl_penalty: str = "kl") -> tuple[A
     Source: Ziegler et al. 2019, equation 2; verl 0.9.1, ``trainer/ppo/ray_trainer.py``.
     """
     batch = data.batch
+    policy, ref = batch["old_log_probs"], batch["ref_log_prob"]
+    check_alike(old_log_probs=policy, ref_log_prob=ref)
+    for name in ("response_mask", "token_level_scores"):
+        _checks.check_tensors(**{name: batch[name]})
+        _checks.check_like(name, batch[name], "old_log_probs", policy)
     mask = batch["response_mask"].bool()
-    kl = approx_kl(batch["old_log_probs"], batch["ref_log_prob"], mask=mask, **_options(kl_penalty))
+    kl = approx_kl(policy, ref, mask=mask, **_options(kl_penalty))
     coefficient = kl_ctrl.value
     batch["token_level_rewards"] = batch["token_level_scores"] - coefficient * kl
     tokens = mask.sum(-1)
@@ -193,8 +214,9 @@ def install() -> None:
 
     That is ``verl.trainer.ppo.core_algos``, every loaded module of verl that imported one of them by name
     (``workers/utils/losses.py`` and others), and every one that does so later. ``ray_trainer.apply_kl_penalty`` is
-    replaced if that module is loaded, or else as soon as a trainer asks for its KL controller. Calling it again does
-    no harm. Holds for this process alone.
+    replaced if that module is loaded, or else as soon as a trainer asks for its KL controller. Controllers that
+    exist already stay verl's, and ``pickle`` refuses them until :func:`uninstall` (Ray's cloudpickle does not). Calling
+    it again does no harm. Holds for this process alone.
 
     Raises:
         ImportError: verl is not installed.
@@ -209,7 +231,7 @@ def install() -> None:
         for name in ("AdaptiveKLController", "FixedKLController"):
             update = getattr(vars(core).get(name), "update", None)
             if update is not None:
-                check_parameters(update, ("self", "current_kl", "n_steps"))
+                check_parameters(update, ("self", "current_kl", "n_steps"), f"{_CORE}.{name}.update")
     try:
         for name, (ours, parameters) in _HOOKS.items():
             _patches.take_over(core, name, ours, parameters)
