@@ -3,6 +3,7 @@
 import doctest
 import math
 import pickle
+import runpy
 
 import pytest
 import torch
@@ -386,3 +387,9 @@ def test_documented_examples_are_wrong():
     result = doctest.testmod(ours)
     assert result.attempted >= 4
     assert not result.failed
+
+
+def test_untested_version_passes_in_silence(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "6.0.1")
+    with pytest.warns(UserWarning, match=r"tested with transformers 5\.23, but transformers 6\.0\.1 is installed"):
+        runpy.run_module("rewardfuse.integrations.transformers")

@@ -21,11 +21,12 @@ predictions to ``compute_metrics`` whole only if there is one row a label: pass
 processes needs ``accelerator_config={"dispatch_batches": False}``: accelerate would hand the rows of a batch, not its
 items, to the processes.
 
-Tested with transformers 5.23. Nothing of it is imported here.
+Tested with transformers 5.23; another series warns when this module is imported. Nothing of it is imported here.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ from torch import distributed as dist
 
 from rewardfuse import bradley_terry_loss, plackett_luce_loss_packed
 from rewardfuse.batching import ListCollator, PairCollator, Rows
+from rewardfuse.integrations._patching import warn_if_untested
 from rewardfuse.ops import _checks
 
 __all__ = [
@@ -47,6 +49,9 @@ __all__ = [
     "listed_logits",
     "paired_logits",
 ]
+
+if importlib.util.find_spec("transformers"):
+    warn_if_untested("transformers", "5.23")
 
 IGNORED = -100  # what the Trainer does not count among labels
 _DISPATCHED = (
