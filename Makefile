@@ -38,8 +38,8 @@ gpu-check:
 
 $(VENV)/.ready: requirements/dev.txt requirements/peers.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-deps -r requirements/dev.txt
-	$(BIN)/python -m pip install -q --no-deps -r requirements/peers.txt
+	$(BIN)/python -m pip install -q --no-compile --no-deps -r requirements/dev.txt
+	$(BIN)/python -m pip install -q --no-compile --no-deps -r requirements/peers.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.ready $(SOURCES)
