@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
 
 import contextlib
+import gc
 
 import hypothesis
 import pytest
@@ -26,6 +27,12 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # a backend serves all examples alike
 )
 hypothesis.settings.load_profile("default")
+
+
+def pytest_collection_finish(session):
+    """Modules, and ten thousand tests, are there to stay: the collector need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 class Backend:
